@@ -1,0 +1,3 @@
+//! What the project promises, measured and reported.
+
+fn main() {}

@@ -1,0 +1,1 @@
+//! The undo journal: every host side effect, written down before it happens.

@@ -1,0 +1,3 @@
+//! A virtual machine from the command line.
+
+fn main() {}

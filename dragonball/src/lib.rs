@@ -1,0 +1,3 @@
+//! A small KVM virtual machine monitor: library and command.
+
+pub mod virtio;

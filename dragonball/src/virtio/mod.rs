@@ -1,0 +1,3 @@
+//! Virtio: devices, and the PCI transport that carries them.
+
+pub mod device;

@@ -1,0 +1,3 @@
+//! The guest kernel: typed configuration fragments and its build.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! Runs commands inside the lab machine for the lab driver.
+
+fn main() {}

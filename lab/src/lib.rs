@@ -1,0 +1,1 @@
+//! A nested test machine for hosts without hardware virtualization.

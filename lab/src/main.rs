@@ -1,0 +1,3 @@
+//! A nested test machine for hosts without hardware virtualization.
+
+fn main() {}

@@ -1,0 +1,42 @@
+//! The agent protocol, and containerd's protocols as this stack uses them.
+//!
+//! Every connection between host and guest is opened by the guest: one to
+//! [`AGENT_PORT`] for ttrpc (the host is the ttrpc client), and one to
+//! [`STREAM_PORT`] for each stdio stream that a Create or Exec request named. A
+//! stream connection begins with its stream id, eight bytes little-endian; then it
+//! carries bytes, and half-closing it is the end of file.
+
+/// Code generated from `proto/agent.proto`.
+#[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, clippy::expect_used, unreachable_pub)]
+mod generated {
+    include!(concat!(env!("OUT_DIR"), "/mod.rs"));
+
+    /// The service's client and server.
+    pub mod agent_ttrpc {
+        use super::agent;
+        include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
+    }
+}
+
+pub use containerd_shim_protos as containerd;
+pub use generated::agent;
+pub use generated::agent_ttrpc;
+
+/// vsock address of the host, as every guest sees it (linux/vm_sockets.h, `VMADDR_CID_HOST`).
+pub const HOST_CID: u32 = 2;
+/// vsock address of the guest; userspace vsock needs no node-wide number.
+pub const GUEST_CID: u32 = 3;
+/// Host port that the agent dials once it can serve ttrpc.
+pub const AGENT_PORT: u32 = 1024;
+/// Host port that the agent dials for each stdio stream.
+pub const STREAM_PORT: u32 = 1025;
+/// virtio-fs tag of the directory that a sandbox's containers share with the host.
+pub const SHARED_TAG: &str = "kataShared";
+/// Where the guest mounts [`SHARED_TAG`].
+pub const SHARED_DIR: &str = "/run/kata-containers/shared/containers";
+/// Parent of the guest's bundles: `<BUNDLES_DIR>/<container id>/{config.json,rootfs}`.
+pub const BUNDLES_DIR: &str = "/run/kata-containers/bundles";
+/// Prefix of a stdio field that names a stream: `stream:17`.
+pub const STREAM_SCHEME: &str = "stream:";
+/// `Any.type_url` of [`agent::ContainerOptions`].
+pub const CONTAINER_OPTIONS_TYPE_URL: &str = "tatami.agent.v1.ContainerOptions";

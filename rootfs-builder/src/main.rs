@@ -1,0 +1,3 @@
+//! Builds the guest image and OCI archives, reproducibly and without a registry.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The shim that containerd starts for every pod.
+
+fn main() {}
