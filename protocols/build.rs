@@ -12,5 +12,8 @@ fn main() -> std::io::Result<()> {
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(true))
         .customize(Customize { async_all: true, ..Default::default() })
-        .run()
+        .run()?;
+    // The code generator lists the messages only.
+    let mut list = std::fs::OpenOptions::new().append(true).open(out.join("mod.rs"))?;
+    std::io::Write::write_all(&mut list, b"pub mod agent_ttrpc;\n")
 }

@@ -10,12 +10,6 @@
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, clippy::expect_used, unreachable_pub)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
-
-    /// The service's client and server.
-    pub mod agent_ttrpc {
-        use super::agent;
-        include!(concat!(env!("OUT_DIR"), "/agent_ttrpc.rs"));
-    }
 }
 
 pub use containerd_shim_protos as containerd;

@@ -179,7 +179,8 @@ mod tests {
         let failed: Result<PathBuf, Error> = cache.get_or_build("thing", &key, |_| Err(Error::NoHome));
         assert!(failed.is_err());
         assert!(cache.get("thing", &key).is_none());
-        let left: Vec<_> = fs::read_dir(dir.path().join("thing")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let left: Vec<_> =
+            fs::read_dir(dir.path().join("thing")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, [".lock"]);
     }
 
