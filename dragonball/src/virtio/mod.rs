@@ -1,3 +1,10 @@
 //! Virtio: devices, and the PCI transport that carries them.
 
 pub mod device;
+pub mod rng;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+mod buffers;
+mod ring;
+mod state;
