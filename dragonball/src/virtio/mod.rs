@@ -1,6 +1,7 @@
 //! Virtio: devices, and the PCI transport that carries them.
 
 pub mod device;
+pub mod pmem;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
