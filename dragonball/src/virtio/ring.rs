@@ -71,13 +71,26 @@ impl Ring {
         self.kick.write(1).map_err(|source| DeviceError::Host { action: "ring a doorbell", source })
     }
 
-    /// The next request, if there is one.
-    pub(crate) fn pop<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Result<Option<Request<'m>>, DeviceError> {
+    fn pop<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Result<Option<Request<'m>>, DeviceError> {
         let limit = self.queue.size();
         match self.queue.iter(memory)?.next() {
             Some(chain) => Request::new(memory, chain, limit).map(Some),
             None => Ok(None),
         }
+    }
+
+    /// The next request; when there is none, the doorbell will ring for the next one.
+    ///
+    /// A device that stops before there is none has to come back by itself.
+    pub(crate) fn next<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Result<Option<Request<'m>>, DeviceError> {
+        if let Some(request) = self.pop(memory)? {
+            return Ok(Some(request));
+        }
+        if !self.queue.enable_notification(memory)? {
+            return Ok(None);
+        }
+        self.queue.disable_notification(memory)?;
+        self.pop(memory)
     }
 
     /// Puts the last popped request back, as if it had not been looked at.
@@ -105,39 +118,20 @@ impl Ring {
         Ok(())
     }
 
-    /// Asks for no doorbell while the device looks at the ring anyway.
-    pub(crate) fn mute(&mut self, memory: &GuestMemoryMmap<()>) -> Result<(), DeviceError> {
-        Ok(self.queue.disable_notification(memory)?)
-    }
-
-    /// Asks for the doorbell again; true when requests came in meanwhile, for which it did not ring.
-    pub(crate) fn unmute(&mut self, memory: &GuestMemoryMmap<()>) -> Result<bool, DeviceError> {
-        Ok(self.queue.enable_notification(memory)?)
-    }
-
     /// Serves what is in the ring, at most one turn of it; `serve` says how many bytes it wrote.
     pub(crate) fn serve(
         &mut self,
         memory: &GuestMemoryMmap<()>,
         mut serve: impl FnMut(&Request<'_>) -> Result<usize, DeviceError>,
     ) -> Result<(), DeviceError> {
-        let mut left = TURN;
-        loop {
-            self.mute(memory)?;
-            while left > 0
-                && let Some(request) = self.pop(memory)?
-            {
-                left -= 1;
-                let written = serve(&request)?;
-                self.push_used(memory, request.head, written)?;
-            }
-            if left == 0 {
+        for turn in 0.. {
+            if turn == TURN {
                 self.call_again()?;
                 break;
             }
-            if !self.unmute(memory)? {
-                break;
-            }
+            let Some(request) = self.next(memory)? else { break };
+            let written = serve(&request)?;
+            self.push_used(memory, request.head, written)?;
         }
         self.signal_used(memory)
     }
