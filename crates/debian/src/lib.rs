@@ -246,9 +246,6 @@ mod tests {
             Inst runc [1.0-1] (1.1.15+ds1-2+b4 Debian:13.7/stable [amd64])\n\
             Conf runc (1.1.15+ds1-2+b4 Debian:13.7/stable [amd64])\n";
         let package = |name: &str, version: &str| Package { name: name.to_owned(), version: version.to_owned() };
-        assert_eq!(
-            parse_simulation(output),
-            [package("gcc-14-base", "14.2.0-19"), package("runc", "1.1.15+ds1-2+b4")]
-        );
+        assert_eq!(parse_simulation(output), [package("gcc-14-base", "14.2.0-19"), package("runc", "1.1.15+ds1-2+b4")]);
     }
 }
