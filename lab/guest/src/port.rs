@@ -49,11 +49,9 @@ impl Port {
                 Err(error) => eprintln!("lab-guest: {error}"),
             }
             match self.file.read(&mut self.buffer) {
-                // The driver in the kernel reads nothing only while the other side is closed.
-                Ok(0) => {
-                    self.outgoing.clear();
-                    return Ok(Received::Closed);
-                }
+                // The driver in the kernel reads nothing only while the other side is closed. It may also be just
+                // opening: its first bytes can come before the news that it is open. So what is queued stays.
+                Ok(0) => return Ok(Received::Closed),
                 Ok(count) => self.decoder.push(&self.buffer[..count]),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(Received::Nothing),
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
