@@ -7,6 +7,8 @@ pub mod rng;
 #[cfg(any(test, feature = "testing"))]
 pub mod testing;
 
+pub mod vsock;
+
 mod buffers;
 mod ring;
 mod state;

@@ -5,8 +5,9 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout};
 use vmm_sys_util::epoll::EventSet;
 
 use crate::virtio::device::{DeviceError, EventRegistry};
@@ -29,11 +30,9 @@ impl HostEnd {
 
     /// Whether a small transfer would not block.
     pub(super) fn is_ready(&self) -> bool {
-        let events = if self.direction == EventSet::IN { libc::POLLIN } else { libc::POLLOUT };
-        let mut entry = libc::pollfd { fd: self.file.as_raw_fd(), events, revents: 0 };
-        // SAFETY: the pointer is to one live entry, and the count says one.
-        let count = unsafe { libc::poll(&raw mut entry, 1, 0) };
-        !self.given_up && count == 1
+        let flags = if self.direction == EventSet::IN { PollFlags::POLLIN } else { PollFlags::POLLOUT };
+        let mut entry = [PollFd::new(self.file.as_fd(), flags)];
+        !self.given_up && matches!(nix::poll::poll(&mut entry, PollTimeout::ZERO), Ok(1))
     }
 
     /// Writes the beginning of `bytes`, at most `PIPE_BUF` of them; returns how many, 0 when none would go for now.

@@ -4,7 +4,9 @@ use rstest::rstest;
 use vm_memory::GuestAddress;
 
 use super::*;
-use crate::virtio::testing::{Descriptor, Harness, MEMORY_SIZE, MEMORY_START, SECOND_REGION, Segment};
+use crate::virtio::testing::{
+    Descriptor, Harness, INDIRECT, MEMORY_SIZE, MEMORY_START, NEXT, SECOND_REGION, Segment, WRITE,
+};
 
 #[test]
 fn a_request_is_filled_whole_and_with_something_new() {
@@ -63,15 +65,15 @@ fn more_requests_than_a_turn_are_all_served() {
 }
 
 #[rstest]
-#[case::outside_memory(&[Descriptor { address: MEMORY_START + MEMORY_SIZE - 1, length: 2, flags: 2, next: 0 }])]
-#[case::at_the_end_of_addresses(&[Descriptor { address: u64::MAX, length: 2, flags: 2, next: 0 }])]
-#[case::a_loop(&[Descriptor { address: MEMORY_START, length: 1, flags: 3, next: 0 }])]
-#[case::a_next_outside_the_table(&[Descriptor { address: MEMORY_START, length: 1, flags: 3, next: 64 }])]
-#[case::a_cut_indirect_table(&[Descriptor { address: MEMORY_START, length: 15, flags: 4, next: 0 }])]
-#[case::an_empty_indirect_table(&[Descriptor { address: MEMORY_START, length: 0, flags: 4, next: 0 }])]
-#[case::an_indirect_table_outside_memory(&[Descriptor { address: 0, length: 16, flags: 4, next: 0 }])]
+#[case::outside_memory(&[Descriptor { address: MEMORY_START + MEMORY_SIZE - 1, length: 2, flags: WRITE, next: 0 }])]
+#[case::at_the_end_of_addresses(&[Descriptor { address: u64::MAX, length: 2, flags: WRITE, next: 0 }])]
+#[case::a_loop(&[Descriptor { address: MEMORY_START, length: 1, flags: WRITE | NEXT, next: 0 }])]
+#[case::a_next_outside_the_table(&[Descriptor { address: MEMORY_START, length: 1, flags: WRITE | NEXT, next: 64 }])]
+#[case::a_cut_indirect_table(&[Descriptor { address: MEMORY_START, length: 15, flags: INDIRECT, next: 0 }])]
+#[case::an_empty_indirect_table(&[Descriptor { address: MEMORY_START, length: 0, flags: INDIRECT, next: 0 }])]
+#[case::an_indirect_table_outside_memory(&[Descriptor { address: 0, length: 16, flags: INDIRECT, next: 0 }])]
 #[case::readable_after_writable(&[
-    Descriptor { address: MEMORY_START, length: 1, flags: 3, next: 1 },
+    Descriptor { address: MEMORY_START, length: 1, flags: WRITE | NEXT, next: 1 },
     Descriptor { address: MEMORY_START, length: 1, flags: 0, next: 0 },
 ])]
 fn a_broken_chain_is_a_protocol_error(#[case] chain: &[Descriptor]) {

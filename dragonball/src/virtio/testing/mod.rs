@@ -21,7 +21,7 @@ use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub use events::EventLoop;
-pub use ring::{Descriptor, DriverRing, Segment, Used};
+pub use ring::{Descriptor, DriverRing, INDIRECT, NEXT, Segment, Used, WRITE};
 
 use super::device::{Activation, ActiveQueue, DeviceError, GuestMemory, Interrupt, Outcome, SavedState, VirtioDevice};
 

@@ -1,15 +1,16 @@
 //! A split ring as its driver sees it (virtio 1.2, §2.7).
 
-use virtio_bindings::virtio_ring::{VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::virtio::device::GuestMemory;
 
-/// Descriptor flags as the ring has them.
-const NEXT: u16 = VRING_DESC_F_NEXT as u16;
-const WRITE: u16 = VRING_DESC_F_WRITE as u16;
-const INDIRECT: u16 = VRING_DESC_F_INDIRECT as u16;
+/// Descriptor flag `VIRTQ_DESC_F_NEXT`: the chain goes on.
+pub const NEXT: u16 = 1;
+/// Descriptor flag `VIRTQ_DESC_F_WRITE`: the device writes.
+pub const WRITE: u16 = 2;
+/// Descriptor flag `VIRTQ_DESC_F_INDIRECT`: the buffer is a table of descriptors.
+pub const INDIRECT: u16 = 4;
 /// Bytes of a descriptor.
 const DESCRIPTOR_SIZE: u64 = 16;
 
@@ -53,7 +54,7 @@ pub struct Descriptor {
     pub address: u64,
     /// Length of the buffer in bytes.
     pub length: u32,
-    /// `VRING_DESC_F_*`.
+    /// [`NEXT`], [`WRITE`] and [`INDIRECT`].
     pub flags: u16,
     /// The next descriptor of the chain.
     pub next: u16,
