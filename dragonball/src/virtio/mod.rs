@@ -1,3 +1,12 @@
 //! Virtio: devices, and the PCI transport that carries them.
 
+pub mod console;
 pub mod device;
+pub mod pmem;
+pub mod rng;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+mod buffers;
+mod ring;
+mod state;
