@@ -5,8 +5,8 @@ use std::sync::Arc;
 use crate::irq::ioapic::IoApic;
 use crate::memory::layout::{BOOT_TIMER, ECAM, IOAPIC};
 use crate::pci::bus::PciBus;
-use crate::platform::registers::{self, BOOT_TIMER_INIT};
 use crate::platform::ports;
+use crate::platform::registers::{self, BOOT_TIMER_INIT};
 use crate::platform::uart::Uart;
 use crate::vm::{ExitReason, Shared};
 

@@ -10,7 +10,10 @@ const STACK: usize = 256 << 10;
 ///
 /// # Errors
 /// When the host has no thread left.
-pub(crate) fn spawn<T: Send + 'static>(name: &str, body: impl FnOnce() -> T + Send + 'static) -> io::Result<JoinHandle<T>> {
+pub(crate) fn spawn<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
     // The mask is inherited, so that there is no instant at which the new thread could take a signal.
     let before = block_signals()?;
     let thread = Builder::new().name(name.to_owned()).stack_size(STACK).spawn(body);

@@ -8,7 +8,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Request};
-use crate::tail::OutputTail;
+use crate::virtio::console::ConsoleTail;
 
 /// Why a machine ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -49,7 +49,8 @@ pub(crate) struct Shared {
     boot_event: EventFd,
     exit_reason: OnceLock<ExitReason>,
     stamps: Mutex<Vec<(&'static str, u64)>>,
-    pub(crate) console: OutputTail,
+    /// What the guest wrote to each of its consoles.
+    consoles: Mutex<Vec<ConsoleTail>>,
 }
 
 impl Shared {
@@ -59,8 +60,13 @@ impl Shared {
             boot_event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             exit_reason: OnceLock::new(),
             stamps: Mutex::new(Vec::new()),
-            console: OutputTail::default(),
+            consoles: Mutex::default(),
         })
+    }
+
+    /// Another console whose last output is kept.
+    pub(crate) fn add_console(&self, tail: ConsoleTail) {
+        self.consoles.lock().unwrap_or_else(PoisonError::into_inner).push(tail);
     }
 
     /// Notes that `name` happened now.
@@ -163,7 +169,8 @@ impl Vm {
     /// The last few KiB of what the guest wrote to its consoles, for error reports.
     #[must_use]
     pub fn console_tail(&self) -> String {
-        self.shared.console.text()
+        let consoles = self.shared.consoles.lock().unwrap_or_else(PoisonError::into_inner);
+        consoles.iter().map(ConsoleTail::text).collect()
     }
 
     fn join(&mut self) {

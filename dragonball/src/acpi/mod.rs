@@ -4,16 +4,16 @@
 
 use std::io;
 
+use acpi_tables::Aml;
 use acpi_tables::fadt::{FADTBuilder, Flags, PmProfile};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
 use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
 use acpi_tables::mcfg::MCFG;
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::Aml;
 
-use crate::memory::layout::{ACPI, ACPI_SIZE, ECAM, IOAPIC, LOCAL_APIC, Range};
 use crate::memory::GuestRam;
+use crate::memory::layout::{ACPI, ACPI_SIZE, ECAM, IOAPIC, LOCAL_APIC, Range};
 use crate::platform::ports;
 
 mod dsdt;

@@ -43,7 +43,8 @@ fn sum(bytes: &[u8]) -> u8 {
 fn the_root_pointer_leads_to_every_table() {
     let image = build(&hardware());
     assert_eq!(&image[..8], b"RSD PTR ");
-    let mut names: Vec<_> = tables(&image).iter().map(|table| String::from_utf8_lossy(&table[..4]).into_owned()).collect();
+    let mut names: Vec<_> =
+        tables(&image).iter().map(|table| String::from_utf8_lossy(&table[..4]).into_owned()).collect();
     names.sort();
     assert_eq!(names, ["APIC", "DSDT", "FACP", "MCFG", "XSDT"]);
 }

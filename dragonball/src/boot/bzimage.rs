@@ -35,7 +35,9 @@ pub(crate) enum BzImageError {
     NotBzImage,
     #[error("it is a bzImage without a 64-bit entry point: give a 64-bit kernel, version 3.8 or newer")]
     TooOld,
-    #[error("it needs {needed} bytes of memory from 1 MiB on, the machine has {available}: give the machine more memory")]
+    #[error(
+        "it needs {needed} bytes of memory from 1 MiB on, the machine has {available}: give the machine more memory"
+    )]
     Memory { needed: u64, available: u64 },
     #[error("it cannot be read: {0}")]
     Read(#[from] io::Error),
@@ -104,7 +106,7 @@ impl BzImage {
         for (slot, (range, kind)) in params.e820_table.iter_mut().zip(map) {
             slot.addr = range.start;
             slot.size = range.length;
-            slot.type_ = kind as u32;
+            slot.r#type = kind as u32;
         }
         ram.write(params.as_slice(), START_INFO)?;
         write_page_tables(ram)?;
@@ -130,8 +132,7 @@ fn write_page_tables(ram: &GuestRam) -> io::Result<()> {
     let (third, second) = (BOOT_PAGE_TABLES + 0x1000, BOOT_PAGE_TABLES + 0x2000);
     ram.write(&(third | PRESENT_WRITABLE).to_le_bytes(), BOOT_PAGE_TABLES)?;
     ram.write(&(second | PRESENT_WRITABLE).to_le_bytes(), third)?;
-    let pages: Vec<u8> =
-        (0..512_u64).flat_map(|page| ((page << 21) | PRESENT_WRITABLE | HUGE).to_le_bytes()).collect();
+    let pages: Vec<u8> = (0..512_u64).flat_map(|page| ((page << 21) | PRESENT_WRITABLE | HUGE).to_le_bytes()).collect();
     ram.write(&pages, second)
 }
 
@@ -175,7 +176,8 @@ mod tests {
         assert!(matches!(parse(&image(|h| h.setup_sects = 200)), Err(BzImageError::NotBzImage)));
         assert!(matches!(parse(&image(|h| h.version = 0x0200)), Err(BzImageError::TooOld)));
         assert!(matches!(parse(&image(|h| h.xloadflags = 0)), Err(BzImageError::TooOld)));
-        for change in [|h: &mut setup_header| h.init_size = u32::MAX, |h: &mut setup_header| h.pref_address = u64::MAX] {
+        for change in [|h: &mut setup_header| h.init_size = u32::MAX, |h: &mut setup_header| h.pref_address = u64::MAX]
+        {
             let file = image(change);
             let ram = GuestRam::new(64 << 20).unwrap();
             let error = parse(&file).unwrap().load(&file, &ram, 64 << 20).unwrap_err();

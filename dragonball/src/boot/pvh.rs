@@ -62,7 +62,10 @@ mod tests {
         assert_eq!(word(START_INFO), u64::from(VERSION) << 32 | u64::from(MAGIC));
         assert_eq!(word(START_INFO + 8) >> 32, 1, "one module");
         assert_eq!([word(word(START_INFO + 16)), word(word(START_INFO + 16) + 8)], [0x200_0000, 1234]);
-        assert_eq!([word(START_INFO + 24), word(START_INFO + 32), word(START_INFO + 40)], [CMDLINE, 0xE_0000, MEMORY_MAP]);
+        assert_eq!(
+            [word(START_INFO + 24), word(START_INFO + 32), word(START_INFO + 40)],
+            [CMDLINE, 0xE_0000, MEMORY_MAP]
+        );
         assert_eq!(word(START_INFO + 48), 4, "ranges: low RAM, tables, high RAM, ECAM");
         assert_eq!([word(MEMORY_MAP), word(MEMORY_MAP + 8), word(MEMORY_MAP + 16)], [0, layout::LOW_RAM_END, 1]);
     }

@@ -8,11 +8,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
+use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::input::Input;
 use crate::control::{DeviceRequest, Mailbox, Request};
-use crate::vcpu::Vcpu;
+use crate::vcpu::{Context, Vcpu};
 use crate::virtio::device::{DeviceError, EventRegistry, Interrupt, Outcome, VirtioDevice};
 use crate::virtio::pci::Lines;
 use crate::vm::{ExitReason, Shared};
@@ -157,37 +158,47 @@ pub(crate) struct Machine {
     pub(crate) mailbox: Mailbox,
     pub(crate) devices: Vec<DeviceWorker>,
     pub(crate) input: Option<Input>,
-    pub(crate) vcpus: Vec<Vcpu>,
     pub(crate) ending: Arc<AtomicBool>,
     /// Held until the vCPUs have ended.
     pub(crate) memory: crate::memory::GuestRam,
 }
 
-/// The body of the `vmm` thread: returns when the machine has ended.
-pub(crate) fn run(machine: Machine) {
-    let Machine { shared, mailbox, devices, input, vcpus, ending, memory } = machine;
-    let mut event_loop = match Loop::new(&mailbox, devices, input) {
-        Ok(event_loop) => Some(event_loop),
-        Err(error) => {
-            shared.ended(ExitReason::Failed(format!("the event loop cannot be made: {error}")));
-            None
+/// The body of the `vmm` thread: lets the vCPUs run and returns when the machine has ended.
+pub(crate) fn run(machine: Machine, vcpus: Vec<VcpuFd>, context: Context) {
+    let Machine { shared, mailbox, devices, input, ending, memory } = machine;
+    let mut running = Vec::with_capacity(vcpus.len());
+    let mut event_loop = None;
+    let started = Loop::new(&mailbox, devices, input).and_then(|made| {
+        event_loop = Some(made);
+        start_vcpus(vcpus, context, &mut running)
+    });
+    let reason = match (&mut event_loop, started) {
+        (Some(event_loop), Ok(())) => {
+            shared.stamp("vcpus started");
+            event_loop.until_end(&mailbox.requests)
         }
+        (_, Err(error)) => ExitReason::Failed(format!("the machine's threads cannot be set up: {error}")),
+        (None, Ok(())) => ExitReason::Failed("the event loop is missing".to_owned()),
     };
-    let reason = event_loop.as_mut().map(|event_loop| event_loop.until_end(&mailbox.requests));
 
     ending.store(true, Ordering::Release);
-    vcpus.iter().for_each(Vcpu::kick);
+    running.iter().for_each(Vcpu::kick);
     // A vCPU that waits for an answer gets none from here on: its request is dropped with the mailbox.
     drop(mailbox);
-    vcpus.into_iter().for_each(Vcpu::join);
+    running.into_iter().for_each(Vcpu::join);
     if let Some(event_loop) = &mut event_loop {
         event_loop.reset_devices();
     }
     drop(event_loop);
     drop(memory);
-    if let Some(reason) = reason {
-        shared.ended(reason);
+    shared.ended(reason);
+}
+
+fn start_vcpus(vcpus: Vec<VcpuFd>, context: Context, running: &mut Vec<Vcpu>) -> io::Result<()> {
+    for (id, vcpu) in vcpus.into_iter().enumerate() {
+        running.push(Vcpu::start(id, vcpu, context.clone())?);
     }
+    Ok(())
 }
 
 struct Loop {
@@ -196,8 +207,8 @@ struct Loop {
 }
 
 impl Loop {
-    fn new(mailbox: &Mailbox, devices: Vec<DeviceWorker>, input: Option<Input>) -> Result<Self, event_manager::Error> {
-        let mut manager = EventManager::new_with_capacity(EVENTS)?;
+    fn new(mailbox: &Mailbox, devices: Vec<DeviceWorker>, input: Option<Input>) -> io::Result<Self> {
+        let mut manager = EventManager::new_with_capacity(EVENTS).map_err(into_io)?;
         manager.add_subscriber(Subscriber::Mailbox(Arc::clone(&mailbox.wake)));
         if let Some(input) = input {
             manager.add_subscriber(Subscriber::Input(input));

@@ -1,14 +1,16 @@
 //! Building a machine and starting it.
 
 mod build;
+mod devices;
 mod event_loop;
 mod input;
+
+use std::sync::Arc;
 
 use crate::boot::BootError;
 use crate::config::{ConfigError, MachineConfig};
 use crate::kvm::KvmError;
 use crate::vm::{STAMP_START, Shared, Vm};
-use std::sync::Arc;
 
 /// Why a machine could not be started.
 #[derive(Debug, thiserror::Error)]

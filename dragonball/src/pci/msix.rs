@@ -130,7 +130,8 @@ impl Msix {
         let state = self.state();
         for (at, byte) in (offset..).zip(data) {
             let first = usize::try_from(at).unwrap_or(usize::MAX).saturating_mul(8);
-            let bit = |index: usize| state.vectors.get(first.saturating_add(index)).is_some_and(|vector| vector.pending);
+            let bit =
+                |index: usize| state.vectors.get(first.saturating_add(index)).is_some_and(|vector| vector.pending);
             *byte = (0..8).fold(0, |bits, index| bits | u8::from(bit(index)) << index);
         }
     }

@@ -9,7 +9,7 @@ use vm_superio::{Serial, SerialState, Trigger};
 
 use crate::irq::ioapic::IoApic;
 use crate::irq::pins;
-use crate::tail::OutputTail;
+use crate::virtio::console::ConsoleTail;
 
 struct Pin(Arc<IoApic>);
 
@@ -25,12 +25,12 @@ impl Trigger for Pin {
 /// Output that is kept for error reports on its way.
 struct Tee {
     output: Box<dyn Write + Send>,
-    tail: OutputTail,
+    tail: ConsoleTail,
 }
 
 impl Write for Tee {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        self.tail.push(bytes);
+        self.tail.append(bytes);
         self.output.write_all(bytes)?;
         Ok(bytes.len())
     }
@@ -44,7 +44,7 @@ impl Write for Tee {
 pub(crate) struct Uart(Mutex<Serial<Pin, NoEvents, Tee>>);
 
 impl Uart {
-    pub(crate) fn new(ioapic: Arc<IoApic>, output: Box<dyn Write + Send>, tail: OutputTail) -> Self {
+    pub(crate) fn new(ioapic: Arc<IoApic>, output: Box<dyn Write + Send>, tail: ConsoleTail) -> Self {
         Self(Mutex::new(Serial::new(Pin(ioapic), Tee { output, tail })))
     }
 
@@ -134,8 +134,8 @@ mod tests {
         fn watch_end(&self, _pin: u8, _message: Option<Message>) {}
     }
 
-    fn uart() -> (OutputTail, Uart) {
-        let tail = OutputTail::default();
+    fn uart() -> (ConsoleTail, Uart) {
+        let tail = ConsoleTail::default();
         (tail.clone(), Uart::new(Arc::new(IoApic::new(Arc::new(Nowhere))), Box::new(io::sink()), tail))
     }
 

@@ -43,7 +43,7 @@ impl Vcpu {
     ///
     /// # Errors
     /// When the host has no thread left.
-    pub(crate) fn start(id: u8, mut fd: VcpuFd, context: Context) -> io::Result<Self> {
+    pub(crate) fn start(id: usize, mut fd: VcpuFd, context: Context) -> io::Result<Self> {
         let run = kick::RunPage::of(&mut fd);
         let thread = threads::spawn(&format!("vcpu{id}"), move || {
             // The kicker needs the vCPU's page until the thread is joined, whatever happens here.

@@ -8,5 +8,6 @@ pub mod rng;
 pub mod testing;
 
 mod buffers;
+pub(crate) mod pci;
 mod ring;
 mod state;

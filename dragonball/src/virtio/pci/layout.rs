@@ -71,7 +71,11 @@ pub(super) fn config_space(kind: DeviceKind, address: u32, vectors: u16) -> Opti
     space.add_capability(CAPABILITY_VENDOR, &doorbells, &[])?;
     let window = virtio_capability(Kind::ConfigAccess, Range { start: 0, length: 0 }, &[0; 4]);
     // The guest writes which region, offset and length it wants to access; the data is handled by the transport.
-    let window = space.add_capability(CAPABILITY_VENDOR, &window, &[0, 0, 0xff, 0, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255])?;
+    let window = space.add_capability(
+        CAPABILITY_VENDOR,
+        &window,
+        &[0, 0, 0xff, 0, 0, 0, 255, 255, 255, 255, 255, 255, 255, 255],
+    )?;
     Some((space, Capabilities { msix, window }))
 }
 

@@ -170,8 +170,9 @@ impl Registers {
             (offsets::QUEUE_VECTOR, 2) => return Effect::QueueVector(short),
             (offsets::STATUS, 1) => return self.set_status(byte, offered),
             (offsets::QUEUE_SELECT, 2) => self.queue_select = short,
-            (offsets::QUEUE_SIZE | offsets::QUEUE_ENABLE, 2)
-            | (offsets::QUEUE_ADDRESSES..offsets::END, 4 | 8) => self.set_ring(offset, data.len(), value),
+            (offsets::QUEUE_SIZE | offsets::QUEUE_ENABLE, 2) | (offsets::QUEUE_ADDRESSES..offsets::END, 4 | 8) => {
+                self.set_ring(offset, data.len(), value)
+            }
             _ => {}
         }
         Effect::None
