@@ -10,5 +10,6 @@ pub mod testing;
 pub mod vsock;
 
 mod buffers;
+pub(crate) mod pci;
 mod ring;
 mod state;

@@ -35,7 +35,7 @@ impl ConsoleTail {
     }
 
     /// Appends what the guest printed.
-    pub(super) fn append(&self, printed: &[u8]) {
+    pub(crate) fn append(&self, printed: &[u8]) {
         let mut bytes = self.lock();
         let kept = &printed[printed.len().saturating_sub(TAIL_BYTES)..];
         let excess = (bytes.len() + kept.len()).saturating_sub(TAIL_BYTES);
