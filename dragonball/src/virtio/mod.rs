@@ -2,6 +2,7 @@
 
 pub mod console;
 pub mod device;
+pub mod fs;
 pub mod pmem;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
