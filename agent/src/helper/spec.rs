@@ -41,6 +41,10 @@ pub(super) fn adapt_process(process: &mut Process, root: &Path) {
         process.set_apparmor_profile(None);
     }
     process.set_selinux_label(None);
+    // libcontainer takes `false` for "as late as possible" and then lacks the capability to install a seccomp filter.
+    if process.no_new_privileges() == Some(false) {
+        process.set_no_new_privileges(None);
+    }
     // Otherwise libcontainer asks the C library, which may load a name service module from the container's files.
     let home = home_directory(root, process.user().uid());
     let env = process.env_mut().get_or_insert_default();

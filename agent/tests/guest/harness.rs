@@ -217,6 +217,15 @@ impl Host {
         children.trim().parse().expect("one child")
     }
 
+    /// The agent's cgroup (v2) as this process sees it: it outlives the agent.
+    pub(crate) fn agent_cgroup(&self) -> PathBuf {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
+        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
+        let groups = std::fs::read_to_string(format!("/proc/{}/cgroup", self.agent_pid())).expect("cgroups");
+        let path = groups.lines().find_map(|line| line.strip_prefix("0::/")).expect("a cgroup");
+        Path::new(mount.split(' ').nth(1).expect("a mount point")).join(path)
+    }
+
     /// Names of the files in a directory of the agent; empty when there is no such directory.
     pub(crate) fn list(&self, path: &str) -> Vec<String> {
         let Ok(entries) = std::fs::read_dir(self.agent_path(path)) else { return Vec::new() };

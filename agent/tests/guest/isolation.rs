@@ -35,7 +35,8 @@ async fn signals_that_the_runtime_ignores_are_default_again() {
         return;
     }
     let mut host = Host::start().await;
-    let (_, stdout, _) = host.run(&unique("signals"), &spec(shell("grep -E '^Sig(Blk|Ign)' /proc/self/status"))).await;
+    let (_, stdout, _) =
+        host.run(&unique("signals"), &spec(process(&["grep", "-E", "^Sig(Blk|Ign)", "/proc/self/status"]))).await;
     assert_eq!(stdout, "SigBlk:\t0000000000000000\nSigIgn:\t0000000000000000\n");
 }
 
@@ -87,7 +88,7 @@ async fn seccomp_holds_for_the_first_and_for_further_processes() {
         let mut other = with_flag(shell("busybox mkdir /tmp/c; id -u"));
         other["user"] = json!({"uid": 33, "gid": 33});
         let (_, text) = host.run_exec(&id, &other).await;
-        assert!(text.contains("Operation not permitted") && text.ends_with("33\n"), "{text}");
+        assert!(text.contains("Operation not permitted") && text.contains("33\n"), "{text}");
         assert!(!host.directory.path().join(&id).join("tmp/a").exists(), "the first process has the filter too");
     }
 }
