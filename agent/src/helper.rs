@@ -99,7 +99,7 @@ fn serve(request: Request) -> Result<Reply, Error> {
 
 fn create(id: String, bundle: &Path, rootfs: Option<PathBuf>, stdio: Stdio) -> Result<Started, Error> {
     let mut spec = Spec::load(bundle.join("spec.json"))?;
-    spec::adapt(&mut spec, &id, rootfs)?;
+    spec::adapt(&mut spec, &id, rootfs, stdio.console.is_some())?;
     spec.save(bundle.join("config.json"))?;
     let uid = spec::host_uid(&spec);
     let hooks = spec::hook_stages(&spec);
@@ -117,7 +117,7 @@ fn exec(id: String, process_file: &Path, stdio: Stdio) -> Result<Started, Error>
     let init = container.pid().ok_or("the container has no process")?;
     let mut process: Process = serde_json::from_slice(&std::fs::read(process_file)?)?;
     let executor = ContainerExecutor::for_exec(&spec, &mut process);
-    spec::adapt_process(&mut process, &PathBuf::from(format!("/proc/{init}/root")));
+    spec::adapt_process(&mut process, &PathBuf::from(format!("/proc/{init}/root")), stdio.console.is_some());
     let uid = spec::map_uid(&spec, process.user().uid());
     std::fs::write(process_file, serde_json::to_vec(&process)?)?;
     let pid =

@@ -15,7 +15,7 @@ use crate::cgroup::Cgroup;
 const PASSWD_LIMIT: u64 = 1 << 20;
 
 /// Makes a specification that libcontainer can run in this guest.
-pub(super) fn adapt(spec: &mut Spec, id: &str, rootfs: Option<PathBuf>) -> Result<(), Error> {
+pub(super) fn adapt(spec: &mut Spec, id: &str, rootfs: Option<PathBuf>, terminal: bool) -> Result<(), Error> {
     if let Some(path) = rootfs {
         let mut root = Root::default();
         root.set_readonly(spec.root().as_ref().and_then(Root::readonly));
@@ -31,12 +31,13 @@ pub(super) fn adapt(spec: &mut Spec, id: &str, rootfs: Option<PathBuf>) -> Resul
     let linux = spec.linux_mut().as_mut().ok_or("the spec has no linux section")?;
     linux.set_cgroups_path(Some(Cgroup::oci_path(id)));
     let process = spec.process_mut().as_mut().ok_or("the spec has no process")?;
-    adapt_process(process, &root);
+    adapt_process(process, &root, terminal);
     Ok(())
 }
 
-/// The same for one process whose root directory is `root`.
-pub(super) fn adapt_process(process: &mut Process, root: &Path) {
+/// The same for one process whose root directory is `root`. Whether it has a terminal is for the request to say.
+pub(super) fn adapt_process(process: &mut Process, root: &Path, terminal: bool) {
+    process.set_terminal(Some(terminal));
     if !apparmor::is_enabled().unwrap_or(false) {
         process.set_apparmor_profile(None);
     }

@@ -195,6 +195,16 @@ async fn shutdown_refuses_while_there_are_containers_and_then_powers_off() {
 }
 
 #[tokio::test]
+async fn an_agent_without_a_host_ends_the_guest() {
+    if !privileged() {
+        return;
+    }
+    let mut guest = crate::harness::agent("/nowhere/socket").spawn().expect("unshare");
+    let status = within(tokio::task::spawn_blocking(move || guest.wait())).await.expect("no panic");
+    assert_eq!(status.expect("an exit status").signal(), Some(SIGINT));
+}
+
+#[tokio::test]
 async fn a_host_that_goes_away_takes_the_guest_and_its_containers_with_it() {
     if !privileged() {
         return;
