@@ -20,6 +20,9 @@ use serde::{Deserialize, Serialize};
 
 use executor::ContainerExecutor;
 
+use crate::cgroup::Cgroup;
+use crate::devices;
+
 /// First argument that makes this binary the helper.
 pub(crate) const ARGUMENT: &str = "helper";
 
@@ -102,9 +105,13 @@ fn create(id: String, bundle: &Path, rootfs: Option<PathBuf>, stdio: Stdio) -> R
     spec::adapt(&mut spec, &id, rootfs, stdio.console.is_some())?;
     spec.save(bundle.join("config.json"))?;
     let uid = spec::host_uid(&spec);
+    let devices = spec::device_rules(&spec);
     let hooks = spec::hook_stages(&spec);
-    let builder = builder(id, stdio, uid, ContainerExecutor::for_init())?;
-    let container = builder.as_init(bundle).with_systemd(false).build()?;
+    let cgroup = Cgroup::of(&id);
+    let container =
+        builder(id, stdio, uid, ContainerExecutor::for_init())?.as_init(bundle).with_systemd(false).build()?;
+    // The container's own devices exist by now and its program does not run yet.
+    devices::restrict(&cgroup, &devices)?;
     let pid = container.pid().ok_or("the container has no process")?.as_raw();
     Ok(Started { pid, uid, hooks })
 }

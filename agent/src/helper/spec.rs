@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use libcontainer::apparmor;
-use oci_spec::runtime::{LinuxNamespaceType, Process, Root, Spec};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxNamespaceType, Process, Root, Spec};
 use pathrs::flags::OpenFlags;
 
 use super::{Error, Stage};
@@ -72,6 +72,12 @@ fn apply_sandbox_sysctls(spec: &mut Spec) -> Result<(), Error> {
         !ours
     });
     outcome
+}
+
+/// The devices that the container may use.
+pub(super) fn device_rules(spec: &Spec) -> Vec<LinuxDeviceCgroup> {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    resources.and_then(|resources| resources.devices().clone()).unwrap_or_default()
 }
 
 /// Which hooks the agent has to ask for later.

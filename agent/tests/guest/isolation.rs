@@ -177,3 +177,25 @@ async fn a_program_that_the_kernel_refuses_is_named_on_stderr() {
     assert_eq!(host.wait(&id, "").await.expect("wait"), 255);
     assert_eq!(host.outputs(&stdio).await.1, "exec /bin/broken: Exec format error\n");
 }
+
+#[tokio::test]
+async fn a_device_that_no_rule_allows_can_be_made_but_not_used() {
+    if !privileged() {
+        return;
+    }
+    let mut host = Host::start().await;
+    if !std::fs::read_to_string("/proc/misc").is_ok_and(|misc| misc.contains("229 fuse")) {
+        eprintln!("SKIPPED: this kernel has no /dev/fuse, the one device that anybody may open");
+        return;
+    }
+    let script = "busybox mknod /tmp/fuse c 10 229 && echo x > /dev/null && exec 3<>/tmp/fuse";
+    let deny = json!({"allow": false, "access": "rwm"});
+    let mut spec = spec(shell(script));
+    spec["linux"]["resources"] = json!({"devices": [deny]});
+    let (status, _, stderr) = host.run(&unique("denied"), &spec).await;
+    assert_eq!((status, stderr.contains("Operation not permitted")), (1, true), "{stderr}");
+    spec["linux"]["resources"] =
+        json!({"devices": [deny, {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw"}]});
+    let (status, _, stderr) = host.run(&unique("allowed"), &spec).await;
+    assert_eq!(status, 0, "{stderr}");
+}
