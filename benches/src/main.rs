@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context as _, Result};
-use benches::figures::{Group, Inputs};
+use benches::figures::{self, Group, Inputs};
 use benches::guest;
 use benches::measure::boot::Contender;
 use benches::measure::vmm::Vmm;
 use benches::measure::{Samples, boot, containers, memory};
-use benches::report::Report;
+use benches::report::{Report, round};
 use benches::site::{Clock, Site};
 use cache::Cache;
 use clap::{Args, Parser, Subcommand};
@@ -59,6 +59,15 @@ struct Run {
 
 #[derive(Subcommand)]
 enum Action {
+    /// Compare guest kernels: cycles from the vCPU's creation to init in QEMU microvm, in virtual time
+    Kernels {
+        /// vmlinux files; the first is what the others are compared with
+        #[arg(required = true, num_args = 1..)]
+        kernels: Vec<PathBuf>,
+        /// Measurements of each
+        #[arg(long, value_name = "N", default_value_t = 5)]
+        rounds: usize,
+    },
     /// Take samples on this very machine and print them as JSON (what runs inside the lab machine)
     #[command(subcommand, hide = true)]
     Measure(Measure),
@@ -66,12 +75,19 @@ enum Action {
 
 #[derive(Subcommand)]
 enum Measure {
-    /// Boot times
+    /// Boot times of the monitors
     Boot {
         #[arg(long)]
         kernel: PathBuf,
         #[arg(long)]
-        reference: PathBuf,
+        initrd: PathBuf,
+        #[arg(long)]
+        rounds: usize,
+    },
+    /// Boot times of kernels in QEMU microvm
+    Kernels {
+        #[arg(long)]
+        kernel: Vec<PathBuf>,
         #[arg(long)]
         initrd: PathBuf,
         #[arg(long)]
@@ -101,6 +117,7 @@ fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.action {
         Some(Action::Measure(measure)) => take_samples(measure),
+        Some(Action::Kernels { kernels, rounds }) => compare_kernels(&kernels, rounds),
         None => run(&arguments.run),
     };
     match result {
@@ -115,12 +132,16 @@ fn main() -> ExitCode {
 fn take_samples(measure: Measure) -> Result<()> {
     let mut samples = Samples::new();
     match measure {
-        Measure::Boot { kernel, reference, initrd, rounds } => {
-            let contenders = [
-                Contender { name: "dragonball", vmm: Vmm::Dragonball, kernel: &kernel },
-                Contender { name: "microvm", vmm: Vmm::Microvm, kernel: &kernel },
-                Contender { name: "microvm reference", vmm: Vmm::Microvm, kernel: &reference },
-            ];
+        Measure::Boot { kernel, initrd, rounds } => {
+            let contender = |vmm: Vmm| Contender { name: vmm.name().to_owned(), vmm, kernel: &kernel };
+            let contenders = [Vmm::Dragonball, Vmm::Microvm].map(contender);
+            samples.extend(boot::measure(&contenders, &initrd, rounds)?);
+        }
+        Measure::Kernels { kernel, initrd, rounds } => {
+            let mut contenders = Vec::new();
+            for (number, kernel) in kernel.iter().enumerate() {
+                contenders.push(Contender { name: format!("kernel {number}"), vmm: Vmm::Microvm, kernel });
+            }
             samples.extend(boot::measure(&contenders, &initrd, rounds)?);
         }
         Measure::Memory { kernel, initrd, image, rounds } => {
@@ -142,14 +163,12 @@ fn take_samples(measure: Measure) -> Result<()> {
 
 fn run(arguments: &Run) -> Result<()> {
     let status = Status::new();
-    let scratch = tempfile::tempdir().context("Cannot make a directory")?;
-    let initrd = scratch.path().join("initrd");
-    fs::write(&initrd, guest::initrd()).context("Cannot write the initrd")?;
+    let initrd = initrd()?;
     let inputs = Inputs {
         dist: arguments.dist.clone(),
         images: arguments.images.clone(),
         reference: reference(&status)?,
-        initrd,
+        initrd: initrd.path().to_owned(),
         rounds: arguments.rounds.into(),
     };
     let mut report = Report::default();
@@ -168,6 +187,28 @@ fn run(arguments: &Run) -> Result<()> {
     Ok(())
 }
 
+fn initrd() -> Result<tempfile::NamedTempFile> {
+    let file = tempfile::NamedTempFile::new().context("Cannot make a temporary file")?;
+    fs::write(file.path(), guest::initrd()).context("Cannot write the initrd")?;
+    Ok(file)
+}
+
+fn compare_kernels(kernels: &[PathBuf], rounds: usize) -> Result<()> {
+    let site = Site::bare(Clock::Virtual)?;
+    let samples = figures::kernel_samples(&site, kernels, initrd()?.path(), rounds)?;
+    let first = samples.first().context("No kernel was measured")?.clone();
+    for (kernel, sample) in kernels.iter().zip(&samples) {
+        let (median, ratio) = (round(sample.median()), sample.ratio(&first));
+        println!(
+            "{median:>8} ms  {ratio:.3}  ({} – {})  {}",
+            round(sample.min()),
+            round(sample.max()),
+            kernel.display()
+        );
+    }
+    Ok(())
+}
+
 /// The peer's kernel, from the cache or built now.
 fn reference(status: &Status) -> Result<PathBuf> {
     let cache = Cache::open()?;
@@ -178,9 +219,8 @@ fn reference(status: &Status) -> Result<PathBuf> {
 
 fn measure(clock: Clock, only: &[Group], inputs: &Inputs, report: &mut Report, status: &Status) -> Result<()> {
     for group in Group::ALL {
-        // Memory is the same by any clock.
         let wanted = only.is_empty() || only.contains(&group);
-        if !wanted || (group == Group::Memory && clock == Clock::Wall) {
+        if !wanted || (group.is_virtual_only() && clock == Clock::Wall) {
             continue;
         }
         status.step(&format!("Measuring {} in {}", group.name(), clock.name()));

@@ -52,9 +52,18 @@ impl Site {
     /// # Errors
     /// When the machine does not start.
     pub fn new(clock: Clock, dist: &Path) -> Result<Self> {
+        let site = Self::bare(clock)?;
+        site.0.push(dist, "/").with_context(|| format!("Cannot install {} in the lab machine", dist.display()))?;
+        Ok(site)
+    }
+
+    /// Restores a lab machine without the stack, to measure peers alone.
+    ///
+    /// # Errors
+    /// When the machine does not start.
+    pub fn bare(clock: Clock) -> Result<Self> {
         let snapshot = clock.snapshot();
         let machine = Machine::restore(snapshot, &format!("bench-{}-{}", snapshot.name(), std::process::id()))?;
-        machine.push(dist, "/").with_context(|| format!("Cannot install {} in the lab machine", dist.display()))?;
         machine.push(&std::env::current_exe().context("This program has no path")?, PROGRAM)?;
         Ok(Self(machine))
     }

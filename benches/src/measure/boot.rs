@@ -12,10 +12,10 @@ use super::{Samples, push};
 const LIMIT: u16 = 120;
 
 /// One combination that is measured.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Contender<'a> {
     /// Names the samples.
-    pub name: &'a str,
+    pub name: String,
     /// The monitor.
     pub vmm: Vmm,
     /// The kernel that it boots.
@@ -43,7 +43,7 @@ pub fn measure(contenders: &[Contender<'_>], initrd: &Path, rounds: usize) -> Re
             let mark = mark(&line).with_context(|| format!("No mark of a guest: {line}"))?;
             let executed = execs.take()?.first().and_then(|line| time(line)).context("No exec was traced")?;
             if round > 0 {
-                push(&mut samples, contender.name, (mark.at - executed) * 1e3);
+                push(&mut samples, &contender.name, (mark.at - executed) * 1e3);
                 push(&mut samples, &format!("{} cycles", contender.name), mark.guest_cycles as f64);
             }
         }
