@@ -35,6 +35,12 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Subcommands {
+    /// Say whether this host's KVM is hardware virtualization, and why; exit status 1 when it is not
+    Probe {
+        /// As JSON; exit status 0 whatever was found
+        #[arg(long)]
+        json: bool,
+    },
     /// Fetch packages and make disk, kernel and initrd of the lab machine
     Build {
         /// Take the newest packages instead of those of the last build
@@ -138,6 +144,7 @@ struct Run {
 /// Does what the command line asks; answers the exit status.
 pub(crate) fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     match arguments.command {
+        Subcommands::Probe { json } => return probe(json),
         Subcommands::Build { update } => lab::build(update)?,
         Subcommands::Snapshot { names } => {
             let all = Snapshot::ALL.to_vec();
@@ -164,6 +171,16 @@ pub(crate) fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+fn probe(as_json: bool) -> anyhow::Result<ExitCode> {
+    let probe = lab::probe::probe();
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(&probe)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{probe}");
+    Ok(ExitCode::from(u8::from(!probe.hardware)))
 }
 
 /// Does something to each machine, to the last one even if one fails.

@@ -22,6 +22,7 @@ mod initrd;
 mod kernel;
 mod machine;
 mod prepare;
+pub mod probe;
 mod progress;
 mod qemu;
 mod qmp;

@@ -215,15 +215,17 @@ impl Machine {
 
     /// A connection to QEMU.
     pub(crate) fn qmp(&self) -> Result<Qmp, Error> {
-        Qmp::connect(&self.dir.qmp()).map_err(|error| match error {
-            Error::Connection(_) if !self.dir.alive() => self.explain(error),
-            error => self.explain(error),
-        })
+        Qmp::connect(&self.dir.qmp()).map_err(|error| self.explain(error))
     }
 
     /// Waits until the machine's command server answers.
     pub(crate) fn await_answer(&self, limit: Duration) -> Result<Connection, Error> {
-        Connection::open(&self.dir, limit).map_err(|error| self.explain(error))
+        match Connection::open(&self.dir, limit) {
+            Err(Error::Timeout { .. }) if self.running().is_ok_and(|running| !running) => {
+                Err(Error::Paused(self.name().to_owned()))
+            }
+            opened => opened.map_err(|error| self.explain(error)),
+        }
     }
 
     /// Adds QEMU's and the machine's last words to an error that is due to its end.

@@ -38,6 +38,17 @@ pub(crate) fn privileged() -> bool {
     root
 }
 
+/// An agent as PID 1 of its own namespaces, whose host listens at `prefix`.
+pub(crate) fn agent(prefix: &str) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child"]).args([
+        env!("CARGO_BIN_EXE_kata-agent"),
+        "--dial",
+        &format!("unix:{prefix}"),
+    ]);
+    command
+}
+
 /// An agent under test and the host's end of its connections.
 pub(crate) struct Host {
     pub(crate) task: TaskClient,
@@ -52,17 +63,10 @@ impl Host {
     /// Starts an agent and waits until it has dialled.
     pub(crate) async fn start() -> Self {
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
-        // Socket addresses are short: the directory is reached by a short link.
         let prefix = directory.path().join("s");
         let control = UnixListener::bind(port(&prefix, protocols::AGENT_PORT)).expect("control socket");
         let streams = UnixListener::bind(port(&prefix, protocols::STREAM_PORT)).expect("stream socket");
-        let agent_process = Command::new("unshare")
-            .args(["--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child"])
-            .arg(env!("CARGO_BIN_EXE_kata-agent"))
-            .arg("--dial")
-            .arg(format!("unix:{}", prefix.display()))
-            .spawn()
-            .expect("unshare");
+        let agent_process = agent(&prefix.display().to_string()).spawn().expect("unshare");
         let (connection, _) = within(control.accept()).await.expect("the agent dials");
         let client = Client::new(ttrpc::asynchronous::transport::Socket::new(connection));
         Self {
@@ -215,6 +219,15 @@ impl Host {
         let unshare = self.agent_process.id();
         let children = std::fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).expect("children");
         children.trim().parse().expect("one child")
+    }
+
+    /// The agent's cgroup (v2) as this process sees it: it outlives the agent.
+    pub(crate) fn agent_cgroup(&self) -> PathBuf {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
+        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
+        let groups = std::fs::read_to_string(format!("/proc/{}/cgroup", self.agent_pid())).expect("cgroups");
+        let path = groups.lines().find_map(|line| line.strip_prefix("0::/")).expect("a cgroup");
+        Path::new(mount.split(' ').nth(1).expect("a mount point")).join(path)
     }
 
     /// Names of the files in a directory of the agent; empty when there is no such directory.

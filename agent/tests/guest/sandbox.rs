@@ -195,6 +195,16 @@ async fn shutdown_refuses_while_there_are_containers_and_then_powers_off() {
 }
 
 #[tokio::test]
+async fn an_agent_without_a_host_ends_the_guest() {
+    if !privileged() {
+        return;
+    }
+    let mut guest = crate::harness::agent("/nowhere/socket").spawn().expect("unshare");
+    let status = within(tokio::task::spawn_blocking(move || guest.wait())).await.expect("no panic");
+    assert_eq!(status.expect("an exit status").signal(), Some(SIGINT));
+}
+
+#[tokio::test]
 async fn a_host_that_goes_away_takes_the_guest_and_its_containers_with_it() {
     if !privileged() {
         return;
@@ -203,9 +213,8 @@ async fn a_host_that_goes_away_takes_the_guest_and_its_containers_with_it() {
     let id = unique("orphaned");
     host.create(&id, &spec(shell("while :; do sleep 1000; done")), &Stdio::default()).await.expect("create");
     host.begin(&id, "").await.expect("start");
-    let cgroup = host.agent_path("/sys/fs/cgroup");
-    let cgroup = std::fs::canonicalize(&cgroup).unwrap_or(cgroup).join(&id);
-    assert!(cgroup.exists());
+    let cgroup = host.agent_cgroup().join(&id);
+    assert!(cgroup.exists(), "{}", cgroup.display());
     assert_eq!(host.hang_up().await.signal(), Some(SIGINT));
     assert!(!cgroup.exists());
 }
