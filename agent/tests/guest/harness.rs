@@ -146,6 +146,7 @@ impl Host {
         vec![Mount {
             type_: "bind".into(),
             source: rootfs.display().to_string(),
+            target: format!("{}/{id}/rootfs", protocols::BUNDLES_DIR),
             options: vec!["rbind".into(), "rw".into()],
             ..Default::default()
         }]
