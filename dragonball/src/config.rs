@@ -73,7 +73,7 @@ impl MachineConfig {
 pub struct PmemConfig {
     /// The file. Its content must not be truncated while the machine runs.
     pub path: PathBuf,
-    /// Whether guest writes are refused; otherwise they reach the file.
+    /// Whether guest writes are refused; otherwise they stay in the guest's memory and the file does not change.
     pub read_only: bool,
 }
 

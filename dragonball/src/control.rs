@@ -5,24 +5,50 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::virtio::device::Activation;
 use crate::vm::ExitReason;
 
 /// What the `vmm` thread is asked to do.
-#[derive(Debug)]
 pub(crate) enum Request {
     /// End the machine for this reason; the first reason wins.
     End(ExitReason),
+    /// Something for one device.
+    Device {
+        /// The device's number.
+        number: usize,
+        /// What it shall do.
+        request: DeviceRequest,
+    },
 }
 
+/// What a device is asked to do, by its transport. An answer is the drop of `done`: it comes in any case.
+pub(crate) enum DeviceRequest {
+    /// Work on these rings.
+    Activate(Activation),
+    /// Stop and forget the rings.
+    Reset(Done),
+    /// The driver wrote to the device configuration.
+    WriteConfig {
+        /// Where.
+        offset: u64,
+        /// What.
+        data: Vec<u8>,
+        /// Told when it is done.
+        done: Done,
+    },
+}
+
+/// Tells the asking side, when it is dropped, that a request was carried out, or never will be.
+pub(crate) type Done = Sender<()>;
+
 /// The asking side; cheap to clone.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 pub(crate) struct Control {
     requests: Sender<Request>,
     wake: Arc<EventFd>,
 }
 
 /// The answering side, owned by the `vmm` thread.
-#[derive(Debug)]
 pub(crate) struct Mailbox {
     /// Requests that were not looked at yet.
     pub(crate) requests: Receiver<Request>,

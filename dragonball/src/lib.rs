@@ -6,13 +6,23 @@
 pub mod config;
 pub mod virtio;
 
+mod acpi;
 mod boot;
+mod bus;
 mod control;
 mod host;
+mod irq;
+mod kvm;
 mod machine;
-mod tail;
+mod memory;
+mod pci;
+mod platform;
+mod threads;
+mod vcpu;
 mod vm;
 
+pub use boot::BootError;
 pub use config::{ConfigError, ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VsockConfig};
+pub use kvm::KvmError;
 pub use machine::{StartError, start};
 pub use vm::{ExitReason, Vm};

@@ -8,7 +8,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Request};
-use crate::tail::OutputTail;
+use crate::virtio::console::ConsoleTail;
 
 /// Why a machine ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -45,24 +45,43 @@ impl std::fmt::Display for ExitReason {
 pub(crate) struct Shared {
     /// Readable once the machine has ended; never read, so it stays so.
     exit_event: EventFd,
+    /// Readable once the boot timer was written; never read.
+    boot_event: EventFd,
     exit_reason: OnceLock<ExitReason>,
     stamps: Mutex<Vec<(&'static str, u64)>>,
-    pub(crate) console: OutputTail,
+    /// What the guest wrote to each of its consoles.
+    consoles: Mutex<Vec<ConsoleTail>>,
 }
 
 impl Shared {
     pub(crate) fn new() -> std::io::Result<Self> {
         Ok(Self {
             exit_event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
+            boot_event: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
             exit_reason: OnceLock::new(),
             stamps: Mutex::new(Vec::new()),
-            console: OutputTail::default(),
+            consoles: Mutex::default(),
         })
+    }
+
+    /// Another console whose last output is kept.
+    pub(crate) fn add_console(&self, tail: ConsoleTail) {
+        self.consoles.lock().unwrap_or_else(PoisonError::into_inner).push(tail);
     }
 
     /// Notes that `name` happened now.
     pub(crate) fn stamp(&self, name: &'static str) {
         self.stamps.lock().unwrap_or_else(PoisonError::into_inner).push((name, monotonic_ns()));
+    }
+
+    /// The guest wrote the boot timer's byte. Only the first time counts.
+    pub(crate) fn guest_init(&self) {
+        let mut stamps = self.stamps.lock().unwrap_or_else(PoisonError::into_inner);
+        if !stamps.iter().any(|(name, _)| *name == STAMP_INIT) {
+            stamps.push((STAMP_INIT, monotonic_ns()));
+            // Cannot fail: the counter is far from its maximum.
+            let _ = self.boot_event.write(1);
+        }
     }
 
     /// The machine has ended: every thread of it but the caller is gone.
@@ -84,7 +103,6 @@ pub(crate) fn monotonic_ns() -> u64 {
 }
 
 /// A running virtual machine. Dropping it stops it.
-#[derive(Debug)]
 pub struct Vm {
     shared: Arc<Shared>,
     control: Control,
@@ -106,6 +124,14 @@ impl Vm {
     pub fn exit_event(&self) -> BorrowedFd<'_> {
         // SAFETY: the descriptor is owned by `shared`, which outlives the borrow of `self`.
         unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&self.shared.exit_event)) }
+    }
+
+    /// A descriptor that becomes readable when the guest has written the boot timer's byte, and stays readable. Do not
+    /// read from it.
+    #[must_use]
+    pub fn boot_event(&self) -> BorrowedFd<'_> {
+        // SAFETY: the descriptor is owned by `shared`, which outlives the borrow of `self`.
+        unsafe { BorrowedFd::borrow_raw(std::os::fd::AsRawFd::as_raw_fd(&self.shared.boot_event)) }
     }
 
     /// Why the machine ended; nothing while it runs.
@@ -143,7 +169,8 @@ impl Vm {
     /// The last few KiB of what the guest wrote to its consoles, for error reports.
     #[must_use]
     pub fn console_tail(&self) -> String {
-        self.shared.console.text()
+        let consoles = self.shared.consoles.lock().unwrap_or_else(PoisonError::into_inner);
+        consoles.iter().map(ConsoleTail::text).collect()
     }
 
     fn join(&mut self) {

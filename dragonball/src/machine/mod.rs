@@ -1,7 +1,16 @@
 //! Building a machine and starting it.
 
+mod build;
+mod devices;
+mod event_loop;
+mod input;
+
+use std::sync::Arc;
+
+use crate::boot::BootError;
 use crate::config::{ConfigError, MachineConfig};
-use crate::vm::Vm;
+use crate::kvm::KvmError;
+use crate::vm::{STAMP_START, Shared, Vm};
 
 /// Why a machine could not be started.
 #[derive(Debug, thiserror::Error)]
@@ -9,25 +18,14 @@ pub enum StartError {
     /// The configuration was refused.
     #[error(transparent)]
     Config(#[from] ConfigError),
-    /// KVM refused.
-    #[error("KVM cannot {action}: check that /dev/kvm exists and that this user may open it")]
-    Kvm {
-        /// What was tried.
-        action: &'static str,
-        /// KVM's answer.
-        #[source]
-        source: std::io::Error,
-    },
+    /// KVM gives no machine.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
     /// The kernel cannot be booted.
-    #[error("The kernel {} cannot be booted: {reason}", path.display())]
-    Kernel {
-        /// The file.
-        path: std::path::PathBuf,
-        /// What is wrong with it, and the remedy.
-        reason: String,
-    },
+    #[error(transparent)]
+    Boot(#[from] BootError),
     /// A device could not be made.
-    #[error("The device {device} cannot be made")]
+    #[error("The {device} device cannot be made")]
     Device {
         /// Which one.
         device: String,
@@ -36,7 +34,7 @@ pub enum StartError {
         source: Box<dyn std::error::Error + Send + Sync>,
     },
     /// The host refused something else.
-    #[error("The host cannot {action}")]
+    #[error("The host refused to {action}")]
     Host {
         /// What was tried.
         action: &'static str,
@@ -50,7 +48,11 @@ pub enum StartError {
 ///
 /// # Errors
 /// When the configuration is refused, or the host or KVM does not give what the machine needs; nothing is left then.
+#[expect(clippy::needless_pass_by_value, reason = "a machine that was started is no longer configured")]
 pub fn start(config: MachineConfig) -> Result<Vm, StartError> {
+    let host = |action| move |source| StartError::Host { action, source };
+    let shared = Arc::new(Shared::new().map_err(host("make an event"))?);
+    shared.stamp(STAMP_START);
     config.validate()?;
-    Err(StartError::Kvm { action: "create a machine", source: std::io::ErrorKind::Unsupported.into() })
+    build::build(&config, shared)
 }
