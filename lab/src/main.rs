@@ -1,3 +1,17 @@
-//! A nested test machine for hosts without hardware virtualization.
+//! The `lab` command.
 
-fn main() {}
+mod cli;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    match cli::execute(cli::Arguments::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("lab: {error:#}");
+            ExitCode::from(cli::FAILURE)
+        }
+    }
+}

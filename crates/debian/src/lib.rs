@@ -82,6 +82,27 @@ pub fn mirror() -> Result<String, Error> {
         .ok_or(Error::NoMirror)
 }
 
+/// One package as apt chose it.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Package {
+    /// Its name, e.g. `containerd`.
+    pub name: String,
+    /// Its version, e.g. `1.7.24~ds1-6`.
+    pub version: String,
+}
+
+/// The packages in the output of `apt-get install --simulate`: lines like `Inst name (version origin [arch])`.
+fn parse_simulation(output: &str) -> Vec<Package> {
+    output
+        .lines()
+        .filter_map(|line| {
+            let (name, rest) = line.strip_prefix("Inst ")?.split_once(' ')?;
+            let version = rest.split_once('(')?.1.split(' ').next()?;
+            Some(Package { name: name.to_owned(), version: version.to_owned() })
+        })
+        .collect()
+}
+
 /// One suite (`trixie`, `sid`, …) with an apt of its own.
 #[derive(Debug)]
 pub struct Suite {
@@ -138,19 +159,29 @@ impl Suite {
         packages.iter().map(|package| newest(&archives, package)).collect()
     }
 
+    /// These packages and all that they depend on (no recommendations), sorted by name.
+    ///
+    /// Nothing counts as installed already, essential packages neither: ask for those that are needed.
+    ///
+    /// # Errors
+    /// When apt cannot satisfy them.
+    pub fn resolve(&self, packages: &[&str]) -> Result<Vec<Package>, Error> {
+        let listed = run(Self::apt("apt-get", &self.root)
+            .args(["install", "--simulate", "--no-install-recommends"])
+            .args(packages))?;
+        let mut resolved = parse_simulation(&String::from_utf8_lossy(&listed));
+        resolved.sort();
+        Ok(resolved)
+    }
+
     /// Downloads these packages and all that they depend on (no recommendations).
     ///
     /// # Errors
     /// When apt cannot satisfy them or the download fails.
     pub fn download_with_dependencies(&self, packages: &[&str]) -> Result<Vec<PathBuf>, Error> {
-        let listed = run(Self::apt("apt-get", &self.root)
-            .args(["install", "--simulate", "--no-install-recommends"])
-            .args(packages))?;
-        let listed = String::from_utf8_lossy(&listed);
-        let mut wanted: Vec<&str> =
-            listed.lines().filter_map(|line| line.strip_prefix("Inst ")?.split(' ').next()).collect();
-        wanted.sort_unstable();
-        self.download(&wanted)
+        let wanted = self.resolve(packages)?;
+        let names: Vec<&str> = wanted.iter().map(|package| package.name.as_str()).collect();
+        self.download(&names)
     }
 
     fn apt(program: &str, root: &Path) -> Command {
@@ -202,4 +233,19 @@ fn newest(archives: &Path, package: &str) -> Result<PathBuf, Error> {
 /// When `dpkg-deb` fails.
 pub fn unpack(deb: &Path, target: &Path) -> Result<(), Error> {
     run(Command::new("dpkg-deb").arg("--extract").arg(deb).arg(target)).map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_simulated_installation_lists_names_and_versions() {
+        let output = "NOTE: This is only a simulation!\n\
+            Inst gcc-14-base (14.2.0-19 Debian:13.7/stable [amd64]) []\n\
+            Inst runc [1.0-1] (1.1.15+ds1-2+b4 Debian:13.7/stable [amd64])\n\
+            Conf runc (1.1.15+ds1-2+b4 Debian:13.7/stable [amd64])\n";
+        let package = |name: &str, version: &str| Package { name: name.to_owned(), version: version.to_owned() };
+        assert_eq!(parse_simulation(output), [package("gcc-14-base", "14.2.0-19"), package("runc", "1.1.15+ds1-2+b4")]);
+    }
 }

@@ -1,3 +1,16 @@
 //! Virtio: devices, and the PCI transport that carries them.
 
+pub mod console;
 pub mod device;
+pub mod fs;
+pub mod pmem;
+pub mod rng;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub mod vsock;
+
+mod buffers;
+pub(crate) mod pci;
+mod ring;
+mod state;

@@ -1,3 +1,31 @@
 //! Runs commands inside the lab machine for the lab driver.
+//!
+//! `lab-guest serve` answers on every command port for as long as the machine lives; `lab-guest daemon LOG PROGRAM
+//! ARGUMENTS…` starts a service in the background and returns when the service says that it is ready.
 
-fn main() {}
+mod daemon;
+mod port;
+mod reactor;
+mod serve;
+mod session;
+mod spawn;
+mod stream;
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    let result = match words.as_slice() {
+        ["serve"] => serve::serve_all(),
+        ["daemon", log, program @ ..] if !program.is_empty() => daemon::start(log.as_ref(), program),
+        _ => Err(std::io::Error::other("Use: lab-guest serve | lab-guest daemon LOG PROGRAM [ARGUMENT…]")),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("lab-guest: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,286 @@
+//! The command line: what it takes, and what each command does.
+
+mod terminal;
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, bail};
+use clap::{Args, Parser, Subcommand};
+use lab::{Command, Event, Input, Machine, Process, Snapshot, Status};
+use serde_json::json;
+
+/// Exit status of the lab's own failures; lower ones are those of the command that ran.
+pub(crate) const FAILURE: u8 = 125;
+const NOT_EXECUTABLE: u8 = 126;
+const NOT_FOUND: u8 = 127;
+
+/// A nested test machine for hosts without hardware virtualization.
+///
+/// The machine is Debian with containerd, in an emulated computer whose CPU has AMD's virtualization: KVM works in it.
+/// It is built and booted once (some minutes, from Debian packages), kept as a snapshot, and restored in less than a
+/// second. A restored machine forgets everything when it ends.
+#[derive(Debug, Parser)]
+#[command(
+    name = "lab",
+    version,
+    after_help = "Example:\n  lab up try\n  lab push try target/dist /\n  lab run try -- ctr version\n  lab shell try\n  lab down try"
+)]
+pub(crate) struct Arguments {
+    #[command(subcommand)]
+    command: Subcommands,
+}
+
+#[derive(Debug, Subcommand)]
+enum Subcommands {
+    /// Say whether this host's KVM is hardware virtualization, and why; exit status 1 when it is not
+    Probe {
+        /// As JSON; exit status 0 whatever was found
+        #[arg(long)]
+        json: bool,
+    },
+    /// Fetch packages and make disk, kernel and initrd of the lab machine
+    Build {
+        /// Take the newest packages instead of those of the last build
+        #[arg(long)]
+        update: bool,
+    },
+    /// Make snapshots, unless they are there (`up` does it when needed)
+    Snapshot {
+        /// Which: base, containerd-2.1, icount; all when none is named
+        names: Vec<Snapshot>,
+    },
+    /// Start a machine from a snapshot
+    #[command(alias = "restore")]
+    Up {
+        /// The machine's name, of your choice
+        name: String,
+        /// Which kind of machine: base (containerd 1.7), containerd-2.1, or icount (time counts instructions)
+        #[arg(long, default_value = "base")]
+        snapshot: Snapshot,
+    },
+    /// Run a command in a machine; its exit status becomes this one's
+    Run(Run),
+    /// Open a shell in a machine
+    Shell {
+        /// The machine's name
+        name: String,
+    },
+    /// Copy a file or directory into a machine
+    Push {
+        /// The machine's name
+        name: String,
+        /// What to copy
+        source: PathBuf,
+        /// What it becomes there; a directory's content is merged, and a slash at the end means "into"
+        target: String,
+    },
+    /// Copy a file or directory from a machine
+    Pull {
+        /// The machine's name
+        name: String,
+        /// What to copy
+        source: String,
+        /// What it becomes here; a slash at the end means "into"
+        target: PathBuf,
+    },
+    /// List the machines that run
+    List {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show what a machine wrote to its console since it was started
+    Log {
+        /// The machine's name
+        name: String,
+    },
+    /// Stop a machine's CPUs and virtual time (an idle icount machine keeps a core of the host busy)
+    Stop {
+        /// The machines' names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// Let stopped machines go on
+    Start {
+        /// The machines' names
+        #[arg(required = true)]
+        names: Vec<String>,
+    },
+    /// End machines; all that was written in them is gone
+    Down {
+        /// The machines' names
+        #[arg(required_unless_present = "all")]
+        names: Vec<String>,
+        /// End all machines that run
+        #[arg(long, conflicts_with = "names")]
+        all: bool,
+    },
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// Pass standard input on; without it the command reads nothing
+    #[arg(short, long)]
+    interactive: bool,
+    /// Give the command a terminal
+    #[arg(short, long)]
+    tty: bool,
+    /// Working directory in the machine
+    #[arg(short = 'C', long, value_name = "DIR")]
+    directory: Option<String>,
+    /// Set a variable in the command's environment
+    #[arg(short, long = "env", value_name = "NAME=VALUE")]
+    environment: Vec<String>,
+    /// The machine's name
+    name: String,
+    /// The command and its arguments; for pipes and the like: bash -c '…'
+    #[arg(required = true, last = true)]
+    command: Vec<String>,
+}
+
+/// Does what the command line asks; answers the exit status.
+pub(crate) fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
+    match arguments.command {
+        Subcommands::Probe { json } => return probe(json),
+        Subcommands::Build { update } => lab::build(update)?,
+        Subcommands::Snapshot { names } => {
+            let all = Snapshot::ALL.to_vec();
+            for snapshot in if names.is_empty() { all } else { names } {
+                lab::make(snapshot)?;
+            }
+        }
+        Subcommands::Up { name, snapshot } => drop(Machine::restore_kept(snapshot, &name)?),
+        Subcommands::Run(run) => return run_command(run),
+        Subcommands::Shell { name } => {
+            let command = vec!["bash".to_owned(), "-l".to_owned()];
+            let shell = Run { interactive: true, tty: true, directory: None, environment: Vec::new(), name, command };
+            return run_command(shell);
+        }
+        Subcommands::Push { name, source, target } => Machine::attach(&name)?.push(&source, &target)?,
+        Subcommands::Pull { name, source, target } => Machine::attach(&name)?.pull(&source, &target)?,
+        Subcommands::List { json } => list(json)?,
+        Subcommands::Log { name } => log(&name)?,
+        Subcommands::Stop { names } => each(&names, |machine| machine.pause())?,
+        Subcommands::Start { names } => each(&names, |machine| machine.resume())?,
+        Subcommands::Down { names, all } => {
+            let names = if all { Machine::list()?.into_iter().map(|(name, _)| name).collect() } else { names };
+            each(&names, Machine::end)?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn probe(as_json: bool) -> anyhow::Result<ExitCode> {
+    let probe = lab::probe::probe();
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(&probe)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{probe}");
+    Ok(ExitCode::from(u8::from(!probe.hardware)))
+}
+
+/// Does something to each machine, to the last one even if one fails.
+fn each<T>(names: &[String], mut action: impl FnMut(Machine) -> Result<T, lab::Error>) -> anyhow::Result<()> {
+    let mut failures = 0;
+    for name in names {
+        if let Err(error) = Machine::attach(name).and_then(&mut action) {
+            eprintln!("lab: {:#}", anyhow::Error::from(error));
+            failures += 1;
+        }
+    }
+    if failures > 0 {
+        bail!("{failures} of {} machines failed", names.len());
+    }
+    Ok(())
+}
+
+fn list(as_json: bool) -> anyhow::Result<()> {
+    let mut rows = Vec::new();
+    for (name, description) in Machine::list()? {
+        // One that ends just now is listed without a state.
+        let running = Machine::attach(&name).and_then(|machine| machine.running()).ok();
+        rows.push((name, description, running));
+    }
+    let mut out = io::stdout().lock();
+    if as_json {
+        let rows: Vec<_> = rows
+            .iter()
+            .map(|(name, description, running)| {
+                json!({ "name": name, "snapshot": description.snapshot, "pid": description.pid, "running": running })
+            })
+            .collect();
+        return Ok(writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?);
+    }
+    writeln!(out, "{:<20} {:<16} {:>8}  STATE", "NAME", "SNAPSHOT", "PID")?;
+    for (name, description, running) in rows {
+        let state = running.map_or("ending", |running| if running { "running" } else { "stopped" });
+        writeln!(out, "{name:<20} {:<16} {:>8}  {state}", description.snapshot, description.pid)?;
+    }
+    Ok(())
+}
+
+fn log(name: &str) -> anyhow::Result<()> {
+    let path = Machine::attach(name)?.console();
+    let text = fs::read(&path).with_context(|| format!("Cannot read {}", path.display()))?;
+    Ok(io::stdout().write_all(&text)?)
+}
+
+fn run_command(run: Run) -> anyhow::Result<ExitCode> {
+    let machine = Machine::attach(&run.name)?;
+    let mut words = run.command.into_iter();
+    let mut command = Command::new(words.next().unwrap_or_default()).args(words);
+    for variable in &run.environment {
+        let Some((name, value)) = variable.split_once('=') else {
+            bail!("--env {variable:?} has no '='; give NAME=VALUE");
+        };
+        command = command.env(name, value);
+    }
+    if let Some(directory) = run.directory {
+        command = command.directory(directory);
+    }
+    let _terminal = run.tty.then(terminal::RawTerminal::enter).transpose()?.flatten();
+    if run.tty {
+        let size = terminal::size();
+        command = command.terminal(size.rows, size.columns);
+        command = command.env("TERM", std::env::var("TERM").unwrap_or_else(|_| "vt100".to_owned()));
+    }
+    let input = if run.interactive { Input::Reader(Box::new(io::stdin())) } else { Input::Empty };
+    let process = machine.spawn(&command, input)?;
+    follow(process, run.tty)
+}
+
+/// Passes a command's output on until it ends; answers its exit status.
+fn follow(mut process: Process, tty: bool) -> anyhow::Result<ExitCode> {
+    if tty {
+        terminal::pass_sizes_on(process.handle())?;
+    }
+    loop {
+        match process.next_event() {
+            Ok(Event::Stdout(bytes)) => write_all(io::stdout().lock(), &bytes)?,
+            Ok(Event::Stderr(bytes)) => write_all(io::stderr().lock(), &bytes)?,
+            Ok(Event::Ended(status)) => return Ok(exit_code(status)),
+            Err(lab::Error::Refused { message, errno }) => {
+                eprintln!("lab: {message}");
+                return Ok(ExitCode::from(match errno {
+                    Some(libc::ENOENT) => NOT_FOUND,
+                    Some(libc::EACCES | libc::ENOEXEC) => NOT_EXECUTABLE,
+                    _ => FAILURE,
+                }));
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+}
+
+fn write_all(mut to: impl Write, bytes: &[u8]) -> io::Result<()> {
+    to.write_all(bytes)?;
+    to.flush()
+}
+
+fn exit_code(status: Status) -> ExitCode {
+    ExitCode::from(u8::try_from(status.code()).unwrap_or(FAILURE))
+}

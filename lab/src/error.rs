@@ -1,0 +1,136 @@
+//! Why the lab could not do what was asked.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use lab_guest::wire::WireError;
+
+/// Why the lab could not do what was asked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The cache failed.
+    #[error(transparent)]
+    Cache(#[from] cache::Error),
+    /// Debian packages could not be had.
+    #[error(transparent)]
+    Debian(#[from] debian::Error),
+    /// A file operation failed.
+    #[error("Cannot {action} {path}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// The operating system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A program could not be started.
+    #[error("Cannot run {program}")]
+    Start {
+        /// Its name.
+        program: String,
+        /// The operating system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A program failed.
+    #[error("{program} failed ({status}): {stderr}")]
+    Failed {
+        /// Its name.
+        program: String,
+        /// How it ended.
+        status: String,
+        /// The end of what it wrote to standard error.
+        stderr: String,
+    },
+    /// A file does not hold what it should.
+    #[error("{path} {problem}")]
+    Format {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A machine's name cannot be used.
+    #[error("{0:?} is no name for a machine: use 1 to 32 letters, digits, '-', '_' or '.', beginning with a letter")]
+    Name(String),
+    /// There is no such snapshot.
+    #[error("There is no snapshot {name:?}; there are: {known}")]
+    NoSnapshot {
+        /// What was asked for.
+        name: String,
+        /// What there is.
+        known: String,
+    },
+    /// The machine runs already.
+    #[error("Machine {0:?} runs already; use it, or end it by `lab down {0}`")]
+    Runs(String),
+    /// The machine does not run.
+    #[error("Machine {0:?} does not run; start it by `lab up {0}`, or see `lab list`")]
+    NotRunning(String),
+    /// The machine is paused.
+    #[error("Machine {0:?} is stopped; let it go on by `lab start {0}`")]
+    Paused(String),
+    /// QEMU ended, or spoke otherwise than it should.
+    #[error("The machine's QEMU {problem}{log}")]
+    Qemu {
+        /// What happened.
+        problem: String,
+        /// The end of its log, on lines of their own.
+        log: String,
+    },
+    /// QEMU refused a request.
+    #[error("QEMU refuses {request}: {answer}")]
+    Qmp {
+        /// What was asked.
+        request: String,
+        /// Its answer.
+        answer: String,
+    },
+    /// The connection to the machine broke.
+    #[error("The connection to the machine broke; see `lab log`")]
+    Connection(#[source] std::io::Error),
+    /// Something else than frames came from the machine.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// Nothing came in time.
+    #[error("{what} took longer than {} s", limit.as_secs_f64())]
+    Timeout {
+        /// What was waited for.
+        what: String,
+        /// How long.
+        limit: Duration,
+    },
+    /// The machine refused a request.
+    #[error("{message}")]
+    Refused {
+        /// Its reason.
+        message: String,
+        /// The error number, if the reason is the operating system's.
+        errno: Option<i32>,
+    },
+    /// A helper command in the machine failed.
+    #[error("`{command}` in the machine ended with {code}: {stderr}")]
+    Command {
+        /// The command.
+        command: String,
+        /// Its exit status.
+        code: i32,
+        /// What it wrote to standard error.
+        stderr: String,
+    },
+}
+
+/// Makes an [`Error::Io`].
+pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
+    let path = path.to_owned();
+    move |source| Error::Io { action, path, source }
+}
+
+/// The last `limit` bytes or so of a text, from a character's start.
+pub(crate) fn tail(text: &str, limit: usize) -> &str {
+    let start = text.len().saturating_sub(limit);
+    let start = (start..=text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
+    text[start..].trim()
+}

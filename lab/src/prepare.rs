@@ -1,0 +1,152 @@
+//! Makes what a machine is restored from, step by step, each kept in the cache: tools, system, initrd, snapshot.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use cache::{Cache, Key};
+use serde_json::json;
+
+use crate::command::{Command, Input};
+use crate::error::{Error, io};
+use crate::image::{Initrd, System};
+use crate::machine::Machine;
+use crate::progress::Progress;
+use crate::qemu::{End, PORTS, Parts, Start, arguments};
+use crate::rundir::RunDir;
+use crate::snapshot::Snapshot;
+use crate::tools::{Tools, run};
+
+/// How long a machine may take from QEMU's start to containerd's readiness.
+const BOOT_LIMIT: Duration = Duration::from_secs(300);
+
+/// Reads into the page cache what nearly every use of the machine runs, so that restored machines find it in memory,
+/// and lets each program that a container start needs run once.
+const WARM_UP: &str = "set -e
+cat $(type -P containerd containerd-shim-runc-v2 ctr runc qemu-system-x86_64 tar bash) /usr/share/qemu/qboot.rom > /dev/null
+ctr version > /dev/null
+ctr namespaces create default
+ctr images list > /dev/null
+runc --version > /dev/null
+containerd-shim-runc-v2 -v > /dev/null
+qemu-system-x86_64 --version > /dev/null
+sync";
+
+/// What machines are made of.
+#[derive(Clone, Debug)]
+pub(crate) struct Materials {
+    pub(crate) tools: Tools,
+    system: System,
+    initrd: Initrd,
+}
+
+/// A snapshot in the cache.
+#[derive(Clone, Debug)]
+pub(crate) struct Prepared {
+    pub(crate) materials: Materials,
+    dir: PathBuf,
+}
+
+/// Finds a snapshot in the cache, or makes all that is missing.
+pub(crate) fn prepare(snapshot: Snapshot) -> Result<Prepared, Error> {
+    let cache = Cache::open()?;
+    let materials = materials(&cache)?;
+    let key = key(snapshot, &materials);
+    let dir = cache.get_or_build("lab-snapshot", &key, |dir| make(snapshot, &materials, dir))?;
+    Ok(Prepared { materials, dir })
+}
+
+/// Finds tools, system and initrd in the cache, or makes them.
+pub(crate) fn materials(cache: &Cache) -> Result<Materials, Error> {
+    let pin = pin(cache)?;
+    let tools = Tools::get(cache, &pin)?;
+    let system = System::get(cache, &tools, &pin)?;
+    let initrd = Initrd::get(cache, &system)?;
+    Ok(Materials { tools, system, initrd })
+}
+
+fn pin_path(cache: &Cache) -> PathBuf {
+    cache.root().join("lab-pin")
+}
+
+/// Which state of the archive the machines are built from; it changes only when asked.
+fn pin(cache: &Cache) -> Result<String, Error> {
+    let path = pin_path(cache);
+    match fs::read_to_string(&path) {
+        Ok(pin) => Ok(pin),
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
+        Err(error) => Err(io("read", &path)(error)),
+    }
+}
+
+/// Lets the next build take the newest packages.
+pub(crate) fn update_pin(cache: &Cache) -> Result<(), Error> {
+    let path = pin_path(cache);
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    fs::create_dir_all(cache.root()).map_err(io("create", cache.root()))?;
+    fs::write(&path, now.as_secs().to_string()).map_err(io("write", &path))
+}
+
+fn key(snapshot: Snapshot, materials: &Materials) -> Key {
+    let nowhere = Path::new("");
+    let mut parts = parts(materials, nowhere, nowhere);
+    parts.console = nowhere.to_owned();
+    let ports: Vec<_> = (0..10).take(PORTS).collect();
+    let line = arguments(snapshot, &parts, Start::Restore, 0, &ports);
+    let line: Vec<_> = line.iter().map(|word| word.to_string_lossy()).collect();
+    Key::new("1")
+        .with("system", materials.system.id().as_bytes())
+        .with("initrd", materials.initrd.id().as_bytes())
+        .with("qemu", line.join("\n").as_bytes())
+        .with("warm-up", WARM_UP.as_bytes())
+}
+
+/// The parts of a machine whose memory and disk are in `files` and whose logs are in `run_dir`.
+fn parts(materials: &Materials, files: &Path, console: &Path) -> Parts {
+    Parts {
+        firmware: materials.tools.firmware(),
+        kernel: materials.system.kernel(),
+        initrd: materials.initrd.path(),
+        memory: files.join("memory"),
+        disk: files.join("disk.qcow2"),
+        console: console.to_owned(),
+    }
+}
+
+impl Prepared {
+    /// The parts of a machine restored from this snapshot.
+    pub(crate) fn parts(&self, run_dir: &RunDir) -> Parts {
+        parts(&self.materials, &self.dir, &run_dir.console())
+    }
+
+    /// The saved device state, for QEMU.
+    pub(crate) fn state(&self) -> String {
+        state_uri(&self.dir)
+    }
+}
+
+fn state_uri(dir: &Path) -> String {
+    format!("file:{}", dir.join("state").display())
+}
+
+/// Boots a machine and saves it once it is up.
+fn make(snapshot: Snapshot, materials: &Materials, dir: &Path) -> Result<(), Error> {
+    let progress = Progress::start(&format!("Booting a lab machine for the snapshot {snapshot}"), 0);
+    run(materials
+        .tools
+        .command("usr/bin/qemu-img")
+        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
+        .args([materials.system.disk(), dir.join("disk.qcow2")]))?;
+    let run_dir = RunDir::of(&format!("build-{snapshot}"))?;
+    let parts = parts(materials, dir, &run_dir.console());
+    let machine = Machine::launch(&materials.tools, snapshot, run_dir, &parts, Start::Boot, End::WithThread)?;
+    machine.await_answer(BOOT_LIMIT)?;
+    machine.run(&Command::shell(WARM_UP), Input::Empty)?.check()?;
+    let mut qmp = machine.qmp()?;
+    qmp.execute("stop", &json!({}))?;
+    qmp.migrate("migrate", &state_uri(dir))?;
+    // QEMU talks to one at a time.
+    drop(qmp);
+    drop(progress);
+    machine.quit()
+}

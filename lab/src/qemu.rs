@@ -1,0 +1,232 @@
+//! A machine's QEMU: its command line and its process.
+
+use std::ffi::OsString;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::Child;
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::sys::prctl::set_pdeathsig;
+use nix::sys::signal::Signal;
+use nix::unistd::setsid;
+
+use crate::error::{Error, io as io_error};
+use crate::snapshot::Snapshot;
+use crate::tools::Tools;
+
+/// Commands that can run at once in a machine.
+pub(crate) const PORTS: usize = 8;
+
+/// Where a machine's parts are.
+#[derive(Clone, Debug)]
+pub(crate) struct Parts {
+    /// Directories with firmware.
+    pub(crate) firmware: [PathBuf; 2],
+    /// The uncompressed kernel.
+    pub(crate) kernel: PathBuf,
+    /// The initrd.
+    pub(crate) initrd: PathBuf,
+    /// The file that is the machine's memory.
+    pub(crate) memory: PathBuf,
+    /// The qcow2 disk.
+    pub(crate) disk: PathBuf,
+    /// The file that gets what the machine writes to its serial console.
+    pub(crate) console: PathBuf,
+}
+
+/// How a machine comes to life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Start {
+    /// It boots; memory and disk files get what it writes.
+    Boot,
+    /// It waits for a saved state; memory and disk files stay as they are, what it writes is its own.
+    Restore,
+}
+
+/// When a machine ends that nobody ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// Never.
+    Never,
+    /// With the thread that started it, and so with its process, even when that is killed.
+    WithThread,
+}
+
+/// Descriptors that QEMU gets from us.
+#[derive(Debug)]
+pub(crate) struct Descriptors {
+    /// Listening socket for requests.
+    pub(crate) qmp: OwnedFd,
+    /// Listening socket of each command port.
+    pub(crate) ports: Vec<OwnedFd>,
+    /// The lock that says that the machine lives: held by its QEMU and nobody else.
+    pub(crate) life: OwnedFd,
+}
+
+/// The arguments of a machine's QEMU; `descriptors` gives the numbers of the sockets for requests and for each port.
+pub(crate) fn arguments(snapshot: Snapshot, parts: &Parts, start: Start, qmp: RawFd, ports: &[RawFd]) -> Vec<OsString> {
+    let mut line = Line::default();
+    for path in &parts.firmware {
+        line.add("-L", path);
+    }
+    add_machine(&mut line, snapshot, parts, start);
+    add_disk(&mut line, parts, start);
+    line.add("-device", "virtio-serial-pci,id=commands,max_ports=16");
+    for (index, fd) in ports.iter().enumerate() {
+        let number = index + 1;
+        line.add("-chardev", format!("socket,id=command{number},fd={fd},server=on,wait=off"));
+        line.add(
+            "-device",
+            format!("virtserialport,bus=commands.0,nr={number},chardev=command{number},name=lab.{number}"),
+        );
+    }
+    line.add("-chardev", with_path("file,id=console,path=", &parts.console));
+    line.add("-serial", "chardev:console");
+    line.add("-chardev", format!("socket,id=qmp,fd={qmp},server=on,wait=off"));
+    line.add("-mon", "chardev=qmp,mode=control");
+    if start == Start::Restore {
+        line.add("-incoming", "defer");
+    }
+    line.words
+}
+
+fn add_machine(line: &mut Line, snapshot: Snapshot, parts: &Parts, start: Start) {
+    line.add("-machine", "q35,memory-backend=ram");
+    line.add("-cpu", "max,la57=off");
+    line.add("-smp", snapshot.cpus().to_string());
+    line.add("-m", snapshot.memory().to_string());
+    // A restored machine's pages are its own copies of the file's.
+    let share = if start == Start::Boot { "on" } else { "off" };
+    let memory = format!("memory-backend-file,id=ram,size={}M,share={share},mem-path=", snapshot.memory());
+    line.add("-object", with_path(&memory, &parts.memory));
+    if snapshot.counts_instructions() {
+        line.add("-accel", "tcg,thread=single,tb-size=512");
+        line.add("-icount", "shift=0,sleep=off");
+        line.add("-rtc", "base=2026-11-01,clock=vm");
+        line.add("-seed", "1");
+    } else {
+        line.add("-accel", "tcg,thread=multi,tb-size=512");
+    }
+    for flag in ["-nodefaults", "-no-user-config", "-no-reboot"] {
+        line.words.push(flag.into());
+    }
+    line.add("-display", "none");
+    line.add("-monitor", "none");
+    line.add("-kernel", &parts.kernel);
+    line.add("-initrd", &parts.initrd);
+    line.add("-append", snapshot.kernel_options());
+}
+
+fn add_disk(line: &mut Line, parts: &Parts, start: Start) {
+    // A restored machine writes to a nameless temporary file, which ends with it.
+    let temporary = if start == Start::Restore { ",snapshot=on" } else { "" };
+    line.add("-drive", with_path(&format!("if=none,id=disk,format=qcow2,cache=unsafe{temporary},file="), &parts.disk));
+    line.add("-device", "virtio-blk-pci,drive=disk");
+}
+
+/// An option's value that ends with a path; QEMU wants commas in it doubled.
+fn with_path(option: &str, path: &std::path::Path) -> OsString {
+    let mut value = OsString::from(option);
+    value.push(path.to_string_lossy().replace(',', ",,"));
+    value
+}
+
+#[derive(Default)]
+struct Line {
+    words: Vec<OsString>,
+}
+
+impl Line {
+    fn add(&mut self, option: &str, value: impl Into<OsString>) {
+        self.words.push(option.into());
+        self.words.push(value.into());
+    }
+}
+
+/// Starts QEMU in a session of its own, with its messages in `log`.
+pub(crate) fn start(
+    tools: &Tools,
+    snapshot: Snapshot,
+    parts: &Parts,
+    start: Start,
+    descriptors: Descriptors,
+    log: &std::path::Path,
+    end: End,
+) -> Result<Child, Error> {
+    let ports: Vec<RawFd> = descriptors.ports.iter().map(AsRawFd::as_raw_fd).collect();
+    let output = File::create(log).map_err(io_error("create", log))?;
+    let mut command = tools.command("usr/bin/qemu-system-x86_64");
+    command.args(arguments(snapshot, parts, start, descriptors.qmp.as_raw_fd(), &ports));
+    command.stdout(output.try_clone().map_err(io_error("open", log))?).stderr(output);
+    prepare_child(&mut command, descriptors, end);
+    command.spawn().map_err(|source| Error::Start { program: "qemu-system-x86_64".to_owned(), source })
+}
+
+/// Lets the child keep the descriptors under their numbers; ours are closed with the command.
+fn prepare_child(command: &mut std::process::Command, descriptors: Descriptors, end: End) {
+    let mut all = descriptors.ports;
+    all.extend([descriptors.qmp, descriptors.life]);
+    // SAFETY: fcntl, prctl and setsid are async-signal-safe, and the closure only reads what it owns.
+    unsafe {
+        command.pre_exec(move || {
+            for fd in &all {
+                fcntl(fd, FcntlArg::F_SETFD(FdFlag::empty())).map_err(io::Error::from)?;
+            }
+            if end == End::WithThread {
+                set_pdeathsig(Signal::SIGKILL)?;
+            }
+            setsid().map(drop).map_err(io::Error::from)
+        });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn line(snapshot: Snapshot, start: Start) -> String {
+        let parts = Parts {
+            firmware: ["/f1".into(), "/f2".into()],
+            kernel: "/kernel".into(),
+            initrd: "/initrd".into(),
+            memory: "/memory".into(),
+            disk: "/a,b/disk".into(),
+            console: "/console".into(),
+        };
+        let words = arguments(snapshot, &parts, start, 3, &[4, 5]);
+        words.join(OsString::from(" ").as_os_str()).into_string().unwrap()
+    }
+
+    #[test]
+    fn a_booting_machine_writes_to_its_files() {
+        let line = line(Snapshot::Base, Start::Boot);
+        assert!(line.contains("share=on,mem-path=/memory"), "{line}");
+        assert!(line.contains("cache=unsafe,file=/a,,b/disk"), "{line}");
+        assert!(!line.contains("-incoming"), "{line}");
+    }
+
+    #[test]
+    fn a_restored_machine_leaves_its_files_alone() {
+        let line = line(Snapshot::Base, Start::Restore);
+        assert!(line.contains("share=off,mem-path=/memory"), "{line}");
+        assert!(line.contains("snapshot=on"), "{line}");
+        assert!(line.ends_with("-incoming defer"), "{line}");
+    }
+
+    #[test]
+    fn only_the_icount_machine_counts_instructions() {
+        assert!(line(Snapshot::Icount, Start::Boot).contains("-icount shift=0,sleep=off"));
+        assert!(!line(Snapshot::Base, Start::Boot).contains("icount"));
+    }
+
+    #[test]
+    fn each_port_has_its_socket() {
+        let line = line(Snapshot::Base, Start::Boot);
+        assert!(line.contains("socket,id=command1,fd=4,server=on,wait=off"), "{line}");
+        assert!(line.contains("nr=2,chardev=command2,name=lab.2"), "{line}");
+        assert!(line.contains("socket,id=qmp,fd=3,"), "{line}");
+    }
+}

@@ -1,0 +1,93 @@
+//! Programs from Debian packages that run on any host.
+//!
+//! They are unpacked into the cache and started by their own dynamic loader with their own libraries, so that the
+//! lab depends on no version of anything that the host has installed.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use cache::{Cache, Key};
+use debian::Suite;
+
+use crate::error::{Error, io, tail};
+use crate::progress::Progress;
+
+/// The suite that the tools and the machine come from.
+pub(crate) const SUITE: &str = "trixie";
+const PACKAGES: [&str; 8] =
+    ["e2fsprogs", "kmod", "libc6", "qemu-system-x86", "qemu-utils", "seabios", "xz-utils", "zstd"];
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+const LOADER: &str = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
+
+/// The unpacked programs.
+#[derive(Clone, Debug)]
+pub(crate) struct Tools {
+    root: PathBuf,
+}
+
+impl Tools {
+    /// Finds the tools in the cache, or fetches them.
+    pub(crate) fn get(cache: &Cache, pin: &str) -> Result<Self, Error> {
+        let key = Key::new("1").with("pin", pin.as_bytes()).with("packages", PACKAGES.join(" ").as_bytes());
+        let root = cache.get_or_build("lab-tools", &key, |root| {
+            let suite = Suite::open(cache, SUITE)?;
+            let progress = Progress::start("Fetching QEMU and its libraries", 0);
+            let debs = suite.download_with_dependencies(&PACKAGES)?;
+            drop(progress);
+            unpack_all("Unpacking QEMU and its libraries", &debs, root)
+        })?;
+        Ok(Self { root })
+    }
+
+    /// A name for this very set of tools, for keys.
+    pub(crate) fn id(&self) -> String {
+        self.root.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// A command that runs a program of the tools, given by its path, as `usr/bin/qemu-img`.
+    pub(crate) fn command(&self, program: &str) -> Command {
+        self.command_as(program, program.rsplit('/').next().unwrap_or(program))
+    }
+
+    /// The same under another name, for programs that look at it.
+    pub(crate) fn command_as(&self, program: &str, name: &str) -> Command {
+        let mut command = Command::new(self.root.join(LOADER));
+        command.arg("--argv0").arg(name).arg("--library-path").arg(self.root.join(LIBRARIES));
+        command.arg(self.root.join(program)).stdin(Stdio::null());
+        command.env("QEMU_MODULE_DIR", self.root.join(LIBRARIES).join("qemu"));
+        command.env("MKE2FS_CONFIG", self.root.join("etc/mke2fs.conf"));
+        command
+    }
+
+    /// Directories with the firmware that QEMU loads.
+    pub(crate) fn firmware(&self) -> [PathBuf; 2] {
+        ["usr/share/qemu", "usr/share/seabios"].map(|path| self.root.join(path))
+    }
+}
+
+/// Unpacks packages over each other.
+pub(crate) fn unpack_all(what: &str, debs: &[PathBuf], root: &Path) -> Result<(), Error> {
+    let progress = Progress::start(what, debs.len() as u64);
+    for deb in debs {
+        progress.step(&deb.file_name().unwrap_or_default().to_string_lossy());
+        debian::unpack(deb, root)?;
+    }
+    Ok(())
+}
+
+/// Runs a command to its end and answers its standard output.
+pub(crate) fn run(command: &mut Command) -> Result<Vec<u8>, Error> {
+    // What is started by a loader is known by its first argument after the loader's own.
+    let program = command.get_args().nth(1).unwrap_or_else(|| command.get_program()).to_string_lossy().into_owned();
+    let output = command.output().map_err(|source| Error::Start { program: program.clone(), source })?;
+    if output.status.success() {
+        return Ok(output.stdout);
+    }
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    Err(Error::Failed { program, status: output.status.to_string(), stderr: tail(&stderr, 2000).to_owned() })
+}
+
+/// Creates a directory and those above it.
+pub(crate) fn create_dir(path: &Path) -> Result<(), Error> {
+    std::fs::create_dir_all(path).map_err(io("create", path))
+}
