@@ -1,3 +1,271 @@
-//! What the project promises, measured and reported.
+//! `benches`: measures what the project promises and writes a report.
 
-fn main() {}
+use std::fs;
+use std::io::IsTerminal as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use anyhow::{Context as _, Result};
+use benches::figures::{self, Group, Inputs};
+use benches::guest;
+use benches::measure::boot::Contender;
+use benches::measure::vmm::Vmm;
+use benches::measure::{Samples, boot, containers, memory};
+use benches::report::{Report, round};
+use benches::site::{Clock, Site};
+use cache::Cache;
+use clap::{Args, Parser, Subcommand};
+use indicatif::ProgressBar;
+use kernel_config::build::{Builder, Progress};
+use kernel_config::profile::Profile;
+
+/// Measure what the project promises, against peers in the same run
+///
+/// Everything runs in the lab machine: once in virtual time (an instruction takes a nanosecond, whatever else this host
+/// does) and once in wall time. The report goes to report.json, report.md and SVG charts in the output directory.
+#[derive(Parser)]
+#[command(name = "benches", version)]
+struct Arguments {
+    #[command(subcommand)]
+    action: Option<Action>,
+    #[command(flatten)]
+    run: Run,
+}
+
+#[derive(Args)]
+struct Run {
+    /// The staged tree: what a node gets
+    #[arg(long, value_name = "DIR", default_value = "target/dist")]
+    dist: PathBuf,
+    /// OCI archives for the containers
+    #[arg(long, value_name = "DIR", default_value = "target/images")]
+    images: PathBuf,
+    /// Where the report goes
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    output: PathBuf,
+    /// Measurements of each quantity
+    #[arg(long, value_name = "N", default_value_t = 10, value_parser = clap::value_parser!(u16).range(1..=1000))]
+    rounds: u16,
+    /// Measure in this time only
+    #[arg(long, value_enum)]
+    clock: Option<Clock>,
+    /// Measure these groups only
+    #[arg(long, value_enum, value_delimiter = ',')]
+    only: Vec<Group>,
+    /// Print the figures as JSON instead of as a table
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Subcommand)]
+enum Action {
+    /// Compare guest kernels: cycles from the vCPU's creation to init in QEMU microvm, in virtual time
+    Kernels {
+        /// vmlinux files; the first is what the others are compared with
+        #[arg(required = true, num_args = 1..)]
+        kernels: Vec<PathBuf>,
+        /// Measurements of each
+        #[arg(long, value_name = "N", default_value_t = 5)]
+        rounds: usize,
+    },
+    /// Take samples on this very machine and print them as JSON (what runs inside the lab machine)
+    #[command(subcommand, hide = true)]
+    Measure(Measure),
+}
+
+#[derive(Subcommand)]
+enum Measure {
+    /// Boot times of the monitors
+    Boot {
+        #[arg(long)]
+        kernel: PathBuf,
+        #[arg(long)]
+        initrd: PathBuf,
+        #[arg(long)]
+        rounds: usize,
+    },
+    /// Boot times of kernels in QEMU microvm
+    Kernels {
+        #[arg(long)]
+        kernel: Vec<PathBuf>,
+        #[arg(long)]
+        initrd: PathBuf,
+        #[arg(long)]
+        rounds: usize,
+    },
+    /// Memory of monitors and guests
+    Memory {
+        #[arg(long)]
+        kernel: PathBuf,
+        #[arg(long)]
+        initrd: PathBuf,
+        #[arg(long)]
+        image: PathBuf,
+        #[arg(long)]
+        rounds: usize,
+    },
+    /// Containers and pods
+    Containers {
+        #[arg(long)]
+        archive: PathBuf,
+        #[arg(long)]
+        rounds: usize,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let result = match arguments.action {
+        Some(Action::Measure(measure)) => take_samples(measure),
+        Some(Action::Kernels { kernels, rounds }) => compare_kernels(&kernels, rounds),
+        None => run(&arguments.run),
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("{} {error:#}", console::style("error:").red().bold().for_stderr());
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn take_samples(measure: Measure) -> Result<()> {
+    let mut samples = Samples::new();
+    match measure {
+        Measure::Boot { kernel, initrd, rounds } => {
+            let contender = |vmm: Vmm| Contender { name: vmm.name().to_owned(), vmm, kernel: &kernel };
+            let contenders = [Vmm::Dragonball, Vmm::Microvm].map(contender);
+            samples.extend(boot::measure(&contenders, &initrd, rounds)?);
+        }
+        Measure::Kernels { kernel, initrd, rounds } => {
+            let mut contenders = Vec::new();
+            for (number, kernel) in kernel.iter().enumerate() {
+                contenders.push(Contender { name: format!("kernel {number}"), vmm: Vmm::Microvm, kernel });
+            }
+            samples.extend(boot::measure(&contenders, &initrd, rounds)?);
+        }
+        Measure::Memory { kernel, initrd, image, rounds } => {
+            for vmm in [Vmm::Dragonball, Vmm::Microvm] {
+                samples.extend(memory::measure(vmm, &kernel, &initrd, rounds)?);
+            }
+            samples.extend(memory::measure_agent(&kernel, &image, rounds)?);
+        }
+        Measure::Containers { archive, rounds } => {
+            let image = containers::import(&archive)?;
+            samples.extend(containers::measure_run(&image, rounds)?);
+            samples.extend(containers::measure_meminfo(&image)?);
+            samples.extend(containers::measure_pods(&image)?);
+        }
+    }
+    println!("{}", serde_json::to_string(&samples)?);
+    Ok(())
+}
+
+fn run(arguments: &Run) -> Result<()> {
+    let status = Status::new();
+    let initrd = initrd()?;
+    let inputs = Inputs {
+        dist: arguments.dist.clone(),
+        images: arguments.images.clone(),
+        reference: reference(&status)?,
+        initrd: initrd.path().to_owned(),
+        rounds: arguments.rounds.into(),
+    };
+    let mut report = Report::default();
+    for clock in [Clock::Virtual, Clock::Wall] {
+        if arguments.clock.is_none_or(|only| only == clock) {
+            measure(clock, &arguments.only, &inputs, &mut report, &status)?;
+        }
+    }
+    status.bar.finish_and_clear();
+    write(&report, &arguments.output)?;
+    if arguments.json {
+        println!("{}", serde_json::to_string_pretty(&report.figures)?);
+    } else {
+        println!("{}", report.markdown());
+    }
+    Ok(())
+}
+
+fn initrd() -> Result<tempfile::NamedTempFile> {
+    let file = tempfile::NamedTempFile::new().context("Cannot make a temporary file")?;
+    fs::write(file.path(), guest::initrd()).context("Cannot write the initrd")?;
+    Ok(file)
+}
+
+fn compare_kernels(kernels: &[PathBuf], rounds: usize) -> Result<()> {
+    let site = Site::bare(Clock::Virtual)?;
+    let samples = figures::kernel_samples(&site, kernels, initrd()?.path(), rounds)?;
+    let first = samples.first().context("No kernel was measured")?.clone();
+    for (kernel, sample) in kernels.iter().zip(&samples) {
+        let (median, ratio) = (round(sample.median()), sample.ratio(&first));
+        println!(
+            "{median:>8} ms  {ratio:.3}  ({} – {})  {}",
+            round(sample.min()),
+            round(sample.max()),
+            kernel.display()
+        );
+    }
+    Ok(())
+}
+
+/// The peer's kernel, from the cache or built now.
+fn reference(status: &Status) -> Result<PathBuf> {
+    let cache = Cache::open()?;
+    let jobs = std::thread::available_parallelism().map_or(1, Into::into);
+    let kernel = Builder { cache: &cache, jobs, build_tree: None }.build(Profile::Reference, status)?;
+    Ok(kernel.directory.join("vmlinux"))
+}
+
+fn measure(clock: Clock, only: &[Group], inputs: &Inputs, report: &mut Report, status: &Status) -> Result<()> {
+    for group in Group::ALL {
+        let wanted = only.is_empty() || only.contains(&group);
+        if !wanted || (group.is_virtual_only() && clock == Clock::Wall) {
+            continue;
+        }
+        status.step(&format!("Measuring {} in {}", group.name(), clock.name()));
+        let site = Site::new(clock, &inputs.dist)?;
+        group.measure(&site, clock, inputs, report).with_context(|| format!("Cannot measure {}", group.name()))?;
+    }
+    Ok(())
+}
+
+fn write(report: &Report, output: &Path) -> Result<()> {
+    fs::create_dir_all(output).with_context(|| format!("Cannot create {}", output.display()))?;
+    let json = serde_json::to_string_pretty(&report.figures)?;
+    let mut files = vec![("report.json".to_owned(), json), ("report.md".to_owned(), report.markdown())];
+    files.extend(report.charts());
+    for (name, text) in files {
+        let path = output.join(name);
+        fs::write(&path, text).with_context(|| format!("Cannot write {}", path.display()))?;
+    }
+    Ok(())
+}
+
+/// What is being done: a spinner on a terminal, plain lines elsewhere.
+struct Status {
+    bar: ProgressBar,
+    terminal: bool,
+}
+
+impl Status {
+    fn new() -> Self {
+        let terminal = std::io::stderr().is_terminal();
+        let bar = if terminal { ProgressBar::new_spinner() } else { ProgressBar::hidden() };
+        bar.enable_steady_tick(std::time::Duration::from_millis(120));
+        Self { bar, terminal }
+    }
+}
+
+impl Progress for Status {
+    fn step(&self, what: &str) {
+        self.bar.set_message(what.to_owned());
+        if !self.terminal {
+            eprintln!("bench: {what}");
+        }
+    }
+
+    fn compiled(&self, file: &str) {
+        self.bar.set_message(format!("Compiling the peer's kernel: {file}"));
+    }
+}

@@ -1,3 +1,28 @@
-//! A small KVM virtual machine monitor: library and command.
+//! A small virtual machine monitor on KVM: it boots a Linux kernel with virtio-pci devices and keeps out of the way.
+//!
+//! A [`MachineConfig`] says what the machine consists of, [`start`] starts it, and the [`Vm`] that it returns is the
+//! handle on it. The machine's threads are `vmm`, which owns all devices, and one `vcpuN` per vCPU.
 
+pub mod config;
 pub mod virtio;
+
+mod acpi;
+mod boot;
+mod bus;
+mod control;
+mod host;
+mod irq;
+mod kvm;
+mod machine;
+mod memory;
+mod pci;
+mod platform;
+mod threads;
+mod vcpu;
+mod vm;
+
+pub use boot::BootError;
+pub use config::{ConfigError, ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VsockConfig};
+pub use kvm::KvmError;
+pub use machine::{StartError, start};
+pub use vm::{ExitReason, Vm};

@@ -1,3 +1,17 @@
 //! Virtio: devices, and the PCI transport that carries them.
 
+pub mod blk;
+pub mod console;
 pub mod device;
+pub mod fs;
+pub mod pmem;
+pub mod rng;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
+
+pub mod vsock;
+
+mod buffers;
+pub(crate) mod pci;
+mod ring;
+mod state;

@@ -1,0 +1,83 @@
+# Tatami: build, try, test, measure. `make help` lists the targets.
+
+# Release speed with debug assertions, for `run` and `test`; `bench` and `install` build plain releases.
+SHELL := /bin/bash
+
+PROFILE ?= checked
+DIST    ?= $(CURDIR)/target/dist
+TARGET  := x86_64-unknown-linux-gnu
+OUT     := target/$(PROFILE)
+IMAGES  := target/images
+FUZZ_SECONDS ?= 60
+
+# Debian packages that the builds need (the lab and the kernel's sources bring their own).
+PACKAGES := acpica-tools bc bison build-essential busybox-static cpio e2fsprogs erofs-utils flex libelf-dev \
+            libseccomp-dev libssl-dev mmdebstrap rsync xz-utils zstd
+
+.PHONY: help deps build dist images run test lint deny unit suites bench fuzz install clean
+.DEFAULT_GOAL := help
+
+help: ## Show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+deps: ## Install the Debian packages that the build needs (root)
+	@missing=$$(dpkg-query -W -f '$${Package} $${Status}\n' $(PACKAGES) 2>/dev/null | awk '/ installed$$/{print $$1}' \
+	    | sort | comm -13 - <(printf '%s\n' $(PACKAGES) | sort)); \
+	if [ -n "$$missing" ]; then \
+	    echo "Installing" $$missing; \
+	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $$missing; \
+	fi
+
+build: deps ## Build the stack: binaries, guest kernel, guest image
+	cargo build --locked --profile $(PROFILE) -p dragonball -p runtime-rs -p kernel-config -p rootfs-builder -p lab -p tests
+	LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu \
+	RUSTFLAGS="-C target-feature=+crt-static" \
+	    cargo build --locked --profile agent --target $(TARGET) -p kata-agent
+	$(OUT)/kernel-config build --profile base --output target/kernel
+
+dist: build ## Stage what a node gets, under target/dist
+	install -D -t $(DIST)/usr/bin $(OUT)/containerd-shim-kata-v2 $(OUT)/kata-ctl $(OUT)/dragonball
+	install -D -m 644 target/kernel/vmlinux $(DIST)/usr/share/kata-containers/vmlinux
+	$(OUT)/rootfs-builder image --agent target/$(TARGET)/agent/kata-agent \
+	    --output $(DIST)/usr/share/kata-containers/kata-containers.img
+	install -D -m 644 runtime-rs/configuration.toml $(DIST)/usr/share/defaults/kata-containers/configuration.toml
+
+images: build ## Make the OCI archives of the demonstration and the suites
+	mkdir -p $(IMAGES)
+	$(OUT)/rootfs-builder oci --image busybox --output $(IMAGES)/busybox.tar
+	$(OUT)/rootfs-builder oci --image debian --output $(IMAGES)/debian.tar
+
+run: dist images ## Run real OCI images in VMs of ours, and show output and a boot timeline
+	$(OUT)/run-suites demo --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/run
+
+test: lint unit suites ## Everything that must pass
+
+lint: deps
+	cargo fmt --all --check
+	cargo clippy --locked --workspace --all-targets --profile $(PROFILE) -- -D warnings
+
+deny: ## Check licences, duplicates and sources of all crates (cargo-deny)
+	cargo deny --locked check licenses bans sources
+
+unit: deps
+	cargo test --locked --workspace --profile $(PROFILE)
+
+suites: dist images ## End-to-end suites against containerd 1.7 and 2.1
+	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/suites
+
+bench: ## Measure what the project promises; report in target/bench
+	$(MAKE) dist images PROFILE=release DIST=$(CURDIR)/target/dist-release
+	cargo run --locked --profile release -p benches -- --dist target/dist-release --images $(IMAGES) --output target/bench
+
+fuzz: ## Fuzz the parsers that face the guest, FUZZ_SECONDS each
+	@for target in $$(cd dragonball && cargo +nightly fuzz list); do \
+	    echo "fuzz $$target"; \
+	    (cd dragonball && cargo +nightly fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS)) || exit 1; \
+	done
+
+install: ## Install on this machine (DESTDIR is honoured)
+	$(MAKE) dist PROFILE=release DIST=$(CURDIR)/target/dist-release
+	cp -a target/dist-release/. $(DESTDIR)/
+
+clean: ## Remove what was built here; the cache (~/.cache/tatami) stays
+	cargo clean

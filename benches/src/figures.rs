@@ -1,0 +1,232 @@
+//! The figures that the project promises, made of samples.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context as _, Result};
+
+use crate::measure::Samples;
+use crate::measure::vmm::Vmm;
+use crate::report::{Figure, Goal, Report, round};
+use crate::sample::Sample;
+use crate::site::{Clock, Site};
+
+/// KiB in a MiB.
+const KIB_PER_MIB: f64 = 1024.0;
+/// The emulated CPU's time stamp counter under the virtual clock, in cycles per millisecond.
+const CYCLES_PER_MS: f64 = 1e6;
+
+/// What is measured.
+#[derive(Debug)]
+pub struct Inputs {
+    /// The staged tree.
+    pub dist: PathBuf,
+    /// OCI archives.
+    pub images: PathBuf,
+    /// The peer's kernel.
+    pub reference: PathBuf,
+    /// The smallest guest.
+    pub initrd: PathBuf,
+    /// Measurements of each quantity.
+    pub rounds: usize,
+}
+
+/// A group of figures.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, clap::ValueEnum)]
+pub enum Group {
+    /// From the monitor's execution to the guest's first program
+    Boot,
+    /// The guest kernel's own share of that
+    Kernel,
+    /// Memory of monitors and guests
+    Memory,
+    /// Containers through containerd
+    Containers,
+}
+
+impl Group {
+    /// All groups, in the order of the report.
+    pub const ALL: [Self; 4] = [Self::Boot, Self::Kernel, Self::Memory, Self::Containers];
+
+    /// Its name in progress messages.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Boot => "boot",
+            Self::Kernel => "the kernel",
+            Self::Memory => "memory",
+            Self::Containers => "containers",
+        }
+    }
+
+    /// Whether its figures are the same by any clock, or known under the virtual one only.
+    #[must_use]
+    pub fn is_virtual_only(self) -> bool {
+        matches!(self, Self::Kernel | Self::Memory)
+    }
+
+    /// Measures its figures at `site` and adds them to `report`.
+    ///
+    /// # Errors
+    /// When a measurement fails.
+    pub fn measure(self, site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -> Result<()> {
+        match self {
+            Self::Boot => boot(site, clock, inputs, report),
+            Self::Kernel => kernels(site, inputs, report),
+            Self::Memory => memory(site, inputs, report),
+            Self::Containers => containers(site, clock, inputs, report),
+        }
+    }
+}
+
+fn sample(samples: &Samples, name: &str, divisor: f64) -> Result<Sample> {
+    let values = samples.get(name).cloned().unwrap_or_default();
+    Sample::new(values.into_iter().map(|value| value / divisor).collect())
+        .with_context(|| format!("No values of {name} were measured"))
+}
+
+/// The kernel of a staged tree.
+fn kernel(dist: &Path) -> PathBuf {
+    dist.join("usr/share/kata-containers/vmlinux")
+}
+
+/// Adds two figures, the second being the first one's peer.
+fn compare(report: &mut Report, group: &'static str, names: [&str; 2], samples: [&Sample; 2], goal: f64) {
+    let own = Figure::new(group, names[0], "ms", samples[0]).against(names[1], samples[0], samples[1]);
+    report.figures.push(own.with_goal(Goal::RatioAtMost(goal)));
+    report.figures.push(Figure::new(group, names[1], "ms", samples[1]));
+}
+
+fn boot(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -> Result<()> {
+    let base = site.provide(&kernel(&inputs.dist), "base")?;
+    let initrd = site.provide(&inputs.initrd, "initrd")?;
+    let rounds = inputs.rounds.to_string();
+    let samples = site.measure(&["boot", "--kernel", &base, "--initrd", &initrd, "--rounds", &rounds])?;
+    let group = match clock {
+        Clock::Virtual => "Boot, virtual time",
+        Clock::Wall => "Boot, wall time",
+    };
+    let [own, peer] = [Vmm::Dragonball, Vmm::Microvm].map(|vmm| sample(&samples, vmm.name(), 1.0));
+    let names = ["dragonball: exec to guest init", "QEMU microvm at its best: exec to guest init"];
+    let names = names.map(|name| format!("{name} ({})", clock.name()));
+    compare(report, group, [&names[0], &names[1]], [&own?, &peer?], 0.8);
+    Ok(())
+}
+
+/// Milliseconds from the creation of the vCPU to init of each kernel in QEMU microvm; the virtual clock only, as the
+/// guest's counter has a known frequency there.
+///
+/// # Errors
+/// When a kernel does not boot.
+pub fn kernel_samples(site: &Site, kernels: &[PathBuf], initrd: &Path, rounds: usize) -> Result<Vec<Sample>> {
+    let (initrd, rounds) = (site.provide(initrd, "initrd")?, rounds.to_string());
+    let mut arguments = vec!["kernels", "--initrd", &initrd, "--rounds", &rounds];
+    let kernels: Vec<String> = kernels
+        .iter()
+        .enumerate()
+        .map(|(number, kernel)| site.provide(kernel, &format!("kernel-{number}")))
+        .collect::<Result<_>>()?;
+    arguments.extend(kernels.iter().flat_map(|kernel| ["--kernel", kernel]));
+    let samples = site.measure(&arguments)?;
+    (0..kernels.len()).map(|number| sample(&samples, &format!("kernel {number} cycles"), CYCLES_PER_MS)).collect()
+}
+
+fn kernels(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
+    let kernels = [kernel(&inputs.dist), inputs.reference.clone()];
+    let samples = kernel_samples(site, &kernels, &inputs.initrd, inputs.rounds)?;
+    let names = ["base", "reference"].map(|profile| format!("{profile} kernel: vCPU creation to init in QEMU microvm"));
+    compare(report, "Guest kernel, virtual time", [&names[0], &names[1]], [&samples[0], &samples[1]], 0.6);
+    Ok(())
+}
+
+fn memory(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
+    let base = site.provide(&kernel(&inputs.dist), "base")?;
+    let initrd = site.provide(&inputs.initrd, "initrd")?;
+    let image = site.provide(&inputs.dist.join("usr/share/kata-containers/kata-containers.img"), "image")?;
+    let rounds = inputs.rounds.to_string();
+    let samples =
+        site.measure(&["memory", "--kernel", &base, "--initrd", &initrd, "--image", &image, "--rounds", &rounds])?;
+    let quantities = [
+        ("Monitor's memory without guest RAM", "rss", "RSS, one VM", Some(4.0)),
+        ("Monitor's memory without guest RAM", "pss", "PSS each at 10 VMs", Some(0.7)),
+        ("Guest RAM touched", "guest", "128 MiB, bare init", None),
+    ];
+    for (group, suffix, what, goal) in quantities {
+        let own = sample(&samples, &format!("dragonball {suffix}"), KIB_PER_MIB)?;
+        let peer = sample(&samples, &format!("QEMU microvm {suffix}"), KIB_PER_MIB)?;
+        let peer_name = format!("QEMU microvm: {what}");
+        let figure = Figure::new(group, format!("dragonball: {what}"), "MiB", &own).against(&peer_name, &own, &peer);
+        report.figures.push(match goal {
+            Some(limit) => figure.with_goal(Goal::AtMost(limit)),
+            None => figure,
+        });
+        report.figures.push(Figure::new(group, peer_name, "MiB", &peer));
+    }
+    let agent = sample(&samples, "agent guest", KIB_PER_MIB)?;
+    let figure = Figure::new("Guest RAM touched", "dragonball: 128 MiB, agent ready", "MiB", &agent);
+    report.figures.push(figure.with_goal(Goal::AtMost(22.0)));
+    Ok(())
+}
+
+fn containers(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -> Result<()> {
+    let archive = site.provide(&inputs.images.join("busybox.tar"), "busybox.tar")?;
+    let rounds = inputs.rounds.to_string();
+    let samples = site.measure(&["containers", "--archive", &archive, "--rounds", &rounds])?;
+    let (own, peer) = (sample(&samples, "kata", 1.0)?, sample(&samples, "runc", 1.0)?);
+    let names = ["kata", "runc"].map(|runtime| format!("ctr run --rm … true with {runtime} ({})", clock.name()));
+    let group = match clock {
+        Clock::Virtual => "Containers, virtual time",
+        Clock::Wall => "Containers, wall time",
+    };
+    compare(report, group, [&names[0], &names[1]], [&own, &peer], 2.5);
+    if clock == Clock::Virtual {
+        let pss = sample(&samples, "pod pss", KIB_PER_MIB)?;
+        let figure = Figure::new("Pods", "pod process without guest RAM: PSS each at 10 pods", "MiB", &pss);
+        report.figures.push(figure.with_goal(Goal::AtMost(2.5)));
+        let guest = sample(&samples, "pod guest", KIB_PER_MIB)?;
+        report.figures.push(Figure::new("Pods", "guest RAM touched by an idle pod, 10 pods", "MiB", &guest));
+        report.notes.push(causes(&samples, &kernel(&inputs.dist))?);
+    }
+    Ok(())
+}
+
+/// What a guest's memory is used for, the largest first: the kernel's own counters as a container saw them.
+fn causes(samples: &Samples, kernel: &Path) -> Result<String> {
+    let image = std::fs::metadata(kernel).with_context(|| format!("Cannot read {}", kernel.display()))?.len();
+    let counter = |name: &str| samples.get(name).and_then(|values| values.first()).copied().unwrap_or_default();
+    // One struct page of 64 bytes for each page of 4 KiB.
+    let page_structs = counter("MemTotal") / 64.0;
+    let mut causes = [
+        ("the kernel's image (at most its file's size)", image as f64 / 1024.0),
+        ("slab caches", counter("Slab")),
+        ("struct page array", page_structs),
+        ("anonymous memory of agent and container", counter("AnonPages")),
+        ("page cache and tmpfs", counter("Cached")),
+        ("page tables", counter("PageTables")),
+        ("kernel stacks", counter("KernelStack")),
+        ("per-CPU data", counter("Percpu")),
+    ];
+    causes.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let largest = causes.iter().take(3).map(|(name, kib)| format!("{name} ({} MiB)", round(kib / KIB_PER_MIB)));
+    Ok(format!("The three largest causes of guest RAM touched: {}.", largest.collect::<Vec<_>>().join(", ")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_three_largest_causes_are_named_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("vmlinux");
+        std::fs::write(&kernel, vec![0; 3 << 20]).unwrap();
+        let samples: Samples =
+            [("Slab".to_owned(), vec![8192.0]), ("MemTotal".to_owned(), vec![131_072.0])].into_iter().collect();
+        let text = causes(&samples, &kernel).unwrap();
+        let at = |name: &str| text.find(name).unwrap();
+        assert!(
+            at("slab caches (8.00 MiB)") < at("kernel's image") && at("kernel's image") < at("struct page"),
+            "{text}"
+        );
+        assert!(!text.contains("page tables"));
+    }
+}

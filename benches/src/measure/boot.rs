@@ -1,0 +1,52 @@
+//! From the execution of a monitor's program to the first instruction of the guest's `/init`.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+
+use super::trace::{Instance, mark, mark_filter, time};
+use super::vmm::Vmm;
+use super::{Samples, push};
+
+/// Seconds that a guest may take; an emulated machine that others load too is slow.
+const LIMIT: u16 = 120;
+
+/// One combination that is measured.
+#[derive(Clone, Debug)]
+pub struct Contender<'a> {
+    /// Names the samples.
+    pub name: String,
+    /// The monitor.
+    pub vmm: Vmm,
+    /// The kernel that it boots.
+    pub kernel: &'a Path,
+}
+
+/// Boots each contender once per round, one after the other: first a round that is thrown away (the page cache fills),
+/// then `rounds` that count. Samples `NAME` are milliseconds from exec to init, `NAME cycles` are the guest's own
+/// cycles from the creation of its vCPU to init.
+///
+/// # Errors
+/// When a guest does not reach its `/init`.
+pub fn measure(contenders: &[Contender<'_>], initrd: &Path, rounds: usize) -> Result<Samples> {
+    let marks = Instance::new("tatami-marks", "kvm/kvm_cpuid", &mark_filter())?;
+    let mut samples = Samples::new();
+    for round in 0..=rounds {
+        for contender in contenders {
+            let program = contender.vmm.program();
+            let execs =
+                Instance::new("tatami-execs", "sched/sched_process_exec", &format!("filename == \"{program}\""))?;
+            let mut pipe = marks.pipe()?;
+            let guest = contender.vmm.start(contender.kernel, initrd)?;
+            let line = pipe.next(LIMIT).with_context(|| format!("{} failed", contender.name))?;
+            drop(guest);
+            let mark = mark(&line).with_context(|| format!("No mark of a guest: {line}"))?;
+            let executed = execs.take()?.first().and_then(|line| time(line)).context("No exec was traced")?;
+            if round > 0 {
+                push(&mut samples, &contender.name, (mark.at - executed) * 1e3);
+                push(&mut samples, &format!("{} cycles", contender.name), mark.guest_cycles as f64);
+            }
+        }
+    }
+    Ok(samples)
+}

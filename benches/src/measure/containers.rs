@@ -1,0 +1,133 @@
+//! What a container costs through containerd: its time from `ctr run` to its end, and an idle pod's memory.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+use std::time::Instant;
+
+use anyhow::{Context as _, Result, bail};
+
+use super::smaps::usage;
+use super::{Samples, push};
+
+/// Name of our runtime at containerd.
+const KATA: &str = "io.containerd.kata.v2";
+/// Name of the peer.
+const RUNC: &str = "io.containerd.runc.v2";
+/// The program that is a pod's process.
+const POD_PROGRAM: &str = "/usr/bin/containerd-shim-kata-v2";
+/// containerd's namespace for what is measured here.
+const NAMESPACE: &str = "tatami-bench";
+/// How many pods share what can be shared.
+const CROWD: usize = 10;
+
+fn ctr(arguments: &[&str]) -> Result<Output> {
+    let output = Command::new("ctr").args(["-n", NAMESPACE]).args(arguments).output().context("Cannot run ctr")?;
+    if output.status.success() {
+        return Ok(output);
+    }
+    bail!("ctr {} failed: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim())
+}
+
+/// Imports an OCI archive and answers the image's name.
+///
+/// # Errors
+/// When containerd refuses it.
+pub fn import(archive: &Path) -> Result<String> {
+    ctr(&["image", "import", &archive.to_string_lossy()])?;
+    let images = String::from_utf8_lossy(&ctr(&["image", "ls", "-q"])?.stdout).into_owned();
+    images.lines().next().map(str::to_owned).context("The archive holds no image")
+}
+
+/// Runs `true` in a container by both runtimes, one after the other: first a round that is thrown away, then `rounds`
+/// that count. Samples `kata` and `runc`, in milliseconds.
+///
+/// # Errors
+/// When a container fails.
+pub fn measure_run(image: &str, rounds: usize) -> Result<Samples> {
+    let mut samples = Samples::new();
+    for round in 0..=rounds {
+        for (name, runtime) in [("kata", KATA), ("runc", RUNC)] {
+            let start = Instant::now();
+            ctr(&["run", "--rm", "--runtime", runtime, image, &format!("bench-{name}"), "true"])?;
+            if round > 0 {
+                push(&mut samples, name, start.elapsed().as_secs_f64() * 1e3);
+            }
+        }
+    }
+    Ok(samples)
+}
+
+/// A guest's `/proc/meminfo`, as a container sees it, in KiB by name.
+///
+/// # Errors
+/// When the container fails.
+pub fn measure_meminfo(image: &str) -> Result<Samples> {
+    let output = ctr(&["run", "--rm", "--runtime", KATA, image, "bench-meminfo", "cat", "/proc/meminfo"])?;
+    Ok(parse_meminfo(&String::from_utf8_lossy(&output.stdout)))
+}
+
+fn parse_meminfo(text: &str) -> Samples {
+    let mut samples = Samples::new();
+    for line in text.lines() {
+        let value = line.split_once(':').map(|(name, rest)| (name, rest.split_whitespace().next()));
+        if let Some((name, Some(Ok(value)))) = value.map(|(name, value)| (name, value.map(str::parse))) {
+            push(&mut samples, name, value);
+        }
+    }
+    samples
+}
+
+/// Memory of the processes of ten idle pods, in KiB each: samples `pod rss`, `pod pss` (guest memory left out) and
+/// `pod guest`.
+///
+/// # Errors
+/// When a pod does not start; those that run are removed in any case.
+pub fn measure_pods(image: &str) -> Result<Samples> {
+    let names: Vec<String> = (0..CROWD).map(|number| format!("bench-pod-{number}")).collect();
+    let started = names
+        .iter()
+        .try_for_each(|name| ctr(&["run", "-d", "--runtime", KATA, image, name, "sleep", "1000000"]).map(drop));
+    let measured = started.and_then(|()| pods());
+    for name in &names {
+        // Those that did not start cannot be removed; the start's error is the one to tell.
+        let _ = ctr(&["task", "kill", "-s", "KILL", name]);
+        let _ = ctr(&["task", "delete", "--force", name]);
+        let _ = ctr(&["container", "delete", name]);
+    }
+    measured
+}
+
+fn pods() -> Result<Samples> {
+    let mut samples = Samples::new();
+    for entry in fs::read_dir("/proc").context("Cannot read /proc")? {
+        let entry = entry.context("Cannot read /proc")?;
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        if fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == Path::new(POD_PROGRAM)) {
+            // Other processes of that program own no guest memory.
+            let memory = usage(pid, u64::MAX)?;
+            if memory.guest > 0 {
+                push(&mut samples, "pod rss", memory.own_rss as f64);
+                push(&mut samples, "pod pss", memory.own_pss as f64);
+                push(&mut samples, "pod guest", memory.guest as f64);
+            }
+        }
+    }
+    match samples.get("pod pss").map(Vec::len) {
+        Some(CROWD) => Ok(samples),
+        found => bail!("{} of {CROWD} pods have a process with guest memory", found.unwrap_or_default()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn meminfo_is_read_by_name_in_kib() {
+        let samples = parse_meminfo("MemTotal:         114680 kB\nHugePages_Total:       0\nbroken\n");
+        assert_eq!(samples["MemTotal"], [114_680.0]);
+        assert_eq!(samples["HugePages_Total"], [0.0]);
+        assert_eq!(samples.len(), 2);
+    }
+}

@@ -1,0 +1,90 @@
+//! The lab machine that everything is measured in.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use lab::{Input, Machine, Snapshot};
+
+use crate::measure::Samples;
+
+/// Longest that one measurement may take, in the host's time.
+const LIMIT: Duration = Duration::from_secs(3600);
+/// Where this program lies in the lab machine.
+const PROGRAM: &str = "/usr/local/bin/tatami-benches";
+/// Where the inputs lie in the lab machine.
+const INPUTS: &str = "/var/lib/tatami-bench";
+
+/// What a measurement's time is.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, clap::ValueEnum)]
+pub enum Clock {
+    /// One nanosecond for each instruction: repeats to a few percent whatever else the host does
+    Virtual,
+    /// The host's clock: ten to twenty times longer than on hardware, and noisy
+    Wall,
+}
+
+impl Clock {
+    /// Its name in figures.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Virtual => "virtual time",
+            Self::Wall => "wall time",
+        }
+    }
+
+    fn snapshot(self) -> Snapshot {
+        match self {
+            Self::Virtual => Snapshot::Icount,
+            Self::Wall => Snapshot::Base,
+        }
+    }
+}
+
+/// A lab machine with the stack installed; it ends with this value.
+#[derive(Debug)]
+pub struct Site(Machine);
+
+impl Site {
+    /// Restores a lab machine and installs `dist` (laid out as below `/`) in it.
+    ///
+    /// # Errors
+    /// When the machine does not start.
+    pub fn new(clock: Clock, dist: &Path) -> Result<Self> {
+        let site = Self::bare(clock)?;
+        site.0.push(dist, "/").with_context(|| format!("Cannot install {} in the lab machine", dist.display()))?;
+        Ok(site)
+    }
+
+    /// Restores a lab machine without the stack, to measure peers alone.
+    ///
+    /// # Errors
+    /// When the machine does not start.
+    pub fn bare(clock: Clock) -> Result<Self> {
+        let snapshot = clock.snapshot();
+        let machine = Machine::restore(snapshot, &format!("bench-{}-{}", snapshot.name(), std::process::id()))?;
+        machine.push(&std::env::current_exe().context("This program has no path")?, PROGRAM)?;
+        Ok(Self(machine))
+    }
+
+    /// Copies a file into the machine as `name` and answers its path there.
+    ///
+    /// # Errors
+    /// When it cannot be copied.
+    pub fn provide(&self, file: &Path, name: &str) -> Result<String> {
+        let target = format!("{INPUTS}/{name}");
+        self.0.push(file, &target).with_context(|| format!("Cannot copy {}", file.display()))?;
+        Ok(target)
+    }
+
+    /// Runs `measure ARGUMENTS` of this very program in the machine.
+    ///
+    /// # Errors
+    /// When it fails, or answers no samples.
+    pub fn measure(&self, arguments: &[&str]) -> Result<Samples> {
+        let command = lab::Command::new(PROGRAM).arg("measure").args(arguments.iter().copied()).limit(LIMIT);
+        let output = self.0.run(&command, Input::Empty)?.check()?;
+        serde_json::from_slice(&output.stdout).context("The measurement answered no samples")
+    }
+}

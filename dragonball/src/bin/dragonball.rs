@@ -1,3 +1,0 @@
-//! A virtual machine from the command line.
-
-fn main() {}

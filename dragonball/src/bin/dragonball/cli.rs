@@ -1,0 +1,249 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use dragonball::{ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VsockConfig};
+
+/// Runs virtual machines.
+#[derive(Parser)]
+#[command(version, about, after_help = EXAMPLES)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand)]
+pub(crate) enum Command {
+    /// Boots a Linux kernel and waits for the machine's end.
+    #[command(after_help = EXIT_STATUS)]
+    Run(Box<Run>),
+}
+
+const EXAMPLES: &str = "\
+Examples:
+  A shell in an initial RAM disk, on this terminal (leave it by `poweroff -f`):
+    dragonball run --kernel vmlinux --initrd initrd.cpio --console -
+
+  A root file system as persistent memory, a disk, a shared directory (in the guest: mount -t virtiofs work /mnt):
+    dragonball run --kernel vmlinux --cmdline 'root=/dev/pmem0 rootflags=dax ro' --pmem root.erofs \\
+        --disk data.img --fs work=/srv/work --console -
+
+  How long it takes until init has started:
+    dragonball run --kernel vmlinux --initrd initrd.cpio --boot-timer";
+
+const EXIT_STATUS: &str = "\
+Exit status:
+  0  the guest powered off
+  1  the machine could not be started, or could not go on
+  2  the command line is wrong
+  3  the guest asked for a restart
+  4  the guest's kernel panicked
+  5  the guest met a triple fault
+  6  the machine was stopped from outside (SIGINT, SIGTERM)
+
+Sizes are in bytes or have a suffix: 512K, 128M, 2G.
+
+The machine's own part of the kernel command line comes first; --cmdline is appended to it. The environment variable
+RUST_LOG sets what is logged to standard error (for instance RUST_LOG=debug).";
+
+/// A machine to run.
+#[derive(Args)]
+pub(crate) struct Run {
+    /// An uncompressed vmlinux with a PVH entry point, or a bzImage.
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+
+    /// An initial RAM disk.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+
+    /// More words for the kernel command line.
+    #[arg(long, value_name = "WORDS", default_value = "", allow_hyphen_values = true)]
+    cmdline: String,
+
+    /// Number of vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    cpus: u8,
+
+    /// Guest memory, a multiple of 2 MiB.
+    #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
+    memory: u64,
+
+    /// A file that the guest sees as persistent memory (/dev/pmem0 and on); it does not change. Can be repeated.
+    #[arg(long, value_name = "FILE[,ro]", value_parser = parse_image)]
+    pmem: Vec<Image>,
+
+    /// A file or block device that the guest sees as a disk (/dev/vda and on). Can be repeated.
+    #[arg(long, value_name = "FILE[,ro]", value_parser = parse_image)]
+    disk: Vec<Image>,
+
+    /// A directory that the guest can mount by a tag. Can be repeated.
+    #[arg(long, value_name = "TAG=DIR", value_parser = parse_fs)]
+    fs: Vec<FsConfig>,
+
+    /// The host side of the socket device: a unix socket made here.
+    #[arg(long, value_name = "SOCKET")]
+    vsock: Option<PathBuf>,
+
+    /// The guest's context id on its socket device.
+    #[arg(long, value_name = "CID", default_value_t = 3, requires = "vsock")]
+    vsock_cid: u32,
+
+    /// Where the console goes: a file, or - for standard input and output.
+    #[arg(long, value_name = "FILE|-", value_parser = parse_output)]
+    console: Option<ConsoleOutput>,
+
+    /// Where the output of a 16550 UART goes, as for --console. It is slow, but works from the kernel's first line on.
+    #[arg(long, value_name = "FILE|-", value_parser = parse_output)]
+    debug_uart: Option<ConsoleOutput>,
+
+    /// Print the time from this command's request to the guest's init: a byte 123 at guest-physical address 0xc0000000.
+    #[arg(long)]
+    pub(crate) boot_timer: bool,
+
+    /// Print when each step of the start happened, in microseconds from the first one.
+    #[arg(long)]
+    pub(crate) stamps: bool,
+}
+
+/// An image file of a device.
+#[derive(Clone)]
+struct Image {
+    path: PathBuf,
+    read_only: bool,
+}
+
+fn parse_size(text: &str) -> Result<u64, String> {
+    let digits_end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    let (digits, suffix) = text.split_at(digits_end);
+    let shift = match suffix.to_ascii_uppercase().as_str() {
+        "" => 0,
+        "K" => 10,
+        "M" => 20,
+        "G" => 30,
+        "T" => 40,
+        _ => return Err(format!("{suffix:?} is no suffix of a size: use K, M, G or T")),
+    };
+    let number: u64 = digits.parse().map_err(|_| "give a number, for instance 128M".to_owned())?;
+    number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than 64 bits can hold"))
+}
+
+fn parse_image(text: &str) -> Result<Image, String> {
+    let (path, read_only) = text.strip_suffix(",ro").map_or((text, false), |path| (path, true));
+    if path.is_empty() { Err("give a file".to_owned()) } else { Ok(Image { path: path.into(), read_only }) }
+}
+
+fn parse_fs(text: &str) -> Result<FsConfig, String> {
+    match text.split_once('=') {
+        Some((tag, directory)) if !tag.is_empty() && !directory.is_empty() => {
+            Ok(FsConfig { tag: tag.to_owned(), directory: directory.into() })
+        }
+        _ => Err("give a tag and a directory, for instance work=/srv/work".to_owned()),
+    }
+}
+
+#[expect(clippy::unnecessary_wraps, reason = "the signature is clap's")]
+fn parse_output(text: &str) -> Result<ConsoleOutput, String> {
+    Ok(if text == "-" { ConsoleOutput::Stdio } else { ConsoleOutput::File(text.into()) })
+}
+
+impl From<Run> for MachineConfig {
+    fn from(run: Run) -> Self {
+        let guest_cid = run.vsock_cid;
+        Self {
+            initrd: run.initrd,
+            cmdline: run.cmdline,
+            vcpus: run.cpus,
+            memory: run.memory,
+            pmem: run.pmem.into_iter().map(|Image { path, read_only }| PmemConfig { path, read_only }).collect(),
+            disks: run.disk.into_iter().map(|Image { path, read_only }| DiskConfig { path, read_only }).collect(),
+            fs: run.fs,
+            vsock: run.vsock.map(|socket| VsockConfig { guest_cid, socket }),
+            console: run.console.unwrap_or_default(),
+            debug_uart: run.debug_uart.unwrap_or_default(),
+            boot_timer: run.boot_timer,
+            ..Self::new(run.kernel)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config(arguments: &[&str]) -> MachineConfig {
+        let all = ["dragonball", "run", "--kernel", "vmlinux"].iter().chain(arguments);
+        let Command::Run(run) = Cli::try_parse_from(all).unwrap().command;
+        (*run).into()
+    }
+
+    #[test]
+    fn every_option_reaches_the_machine() {
+        let machine = config(&[
+            "--initrd",
+            "initrd",
+            "--cmdline",
+            "-x one=1",
+            "--cpus",
+            "2",
+            "--memory",
+            "1G",
+            "--pmem",
+            "a,ro",
+            "--pmem",
+            "b",
+            "--disk",
+            "c",
+            "--fs",
+            "tag=/dir=1",
+            "--vsock",
+            "sock",
+            "--vsock-cid",
+            "7",
+            "--console",
+            "-",
+            "--debug-uart",
+            "log",
+            "--boot-timer",
+        ]);
+        let expected = MachineConfig {
+            kernel: "vmlinux".into(),
+            initrd: Some("initrd".into()),
+            cmdline: "-x one=1".to_owned(),
+            vcpus: 2,
+            memory: 1 << 30,
+            pmem: vec![
+                PmemConfig { path: "a".into(), read_only: true },
+                PmemConfig { path: "b".into(), read_only: false },
+            ],
+            disks: vec![DiskConfig { path: "c".into(), read_only: false }],
+            fs: vec![FsConfig { tag: "tag".to_owned(), directory: "/dir=1".into() }],
+            vsock: Some(VsockConfig { guest_cid: 7, socket: "sock".into() }),
+            console: ConsoleOutput::Stdio,
+            debug_uart: ConsoleOutput::File("log".into()),
+            boot_timer: true,
+        };
+        assert_eq!(machine, expected);
+    }
+
+    #[test]
+    fn sizes_are_understood_or_refused() {
+        for (text, bytes) in [("0", 0), ("512K", 512 << 10), ("128m", 128 << 20), ("2G", 2 << 30), ("100T", 100 << 40)]
+        {
+            assert_eq!(parse_size(text), Ok(bytes));
+        }
+        for text in ["", "M", "1X", "-1M", "1.5G", "99999999999T", "99999999999999999999"] {
+            assert!(parse_size(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_meant_is_refused() {
+        for option in ["--fs=tag", "--fs==/dir", "--pmem=,ro", "--cpus=300", "--memory=lots"] {
+            let arguments = ["dragonball", "run", "--kernel", "vmlinux", option];
+            assert!(Cli::try_parse_from(arguments).is_err(), "{option}");
+        }
+    }
+}

@@ -1,0 +1,324 @@
+//! What a virtual machine consists of, and the checks that a configuration must pass before anything is built.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use crate::host;
+
+/// Guest memory is given in multiples of this many bytes (2 MiB), so that the host can back it by huge pages.
+pub const MEMORY_GRANULE: u64 = 2 << 20;
+/// The least guest memory (32 MiB) that a kernel and its `init` start in.
+pub const MEMORY_MIN: u64 = 32 << 20;
+/// The most vCPUs of one machine: their APIC ids must stay below the broadcast id 255.
+pub const VCPUS_MAX: u8 = 254;
+/// The longest kernel command line that Linux takes on x86 (`COMMAND_LINE_SIZE` in its `asm/setup.h`), its NUL included.
+pub const CMDLINE_MAX: usize = 2048;
+/// The most devices of one machine: the slots of PCI bus 0 less the host bridge.
+pub const DEVICES_MAX: usize = 31;
+
+/// A virtual machine to be started.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct MachineConfig {
+    /// An uncompressed `vmlinux` with a PVH entry point, or a `bzImage`.
+    pub kernel: PathBuf,
+    /// An initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Appended to the machine's own kernel command line.
+    pub cmdline: String,
+    /// Number of vCPUs, 1 to [`VCPUS_MAX`].
+    pub vcpus: u8,
+    /// Guest memory in bytes: a multiple of [`MEMORY_GRANULE`], at least [`MEMORY_MIN`], at most what the host has.
+    pub memory: u64,
+    /// Persistent memory devices, `/dev/pmem0` and on.
+    pub pmem: Vec<PmemConfig>,
+    /// Block devices, `/dev/vda` and on.
+    pub disks: Vec<DiskConfig>,
+    /// Shared directories.
+    pub fs: Vec<FsConfig>,
+    /// The socket device.
+    pub vsock: Option<VsockConfig>,
+    /// Where the virtio console's output goes; [`ConsoleOutput::None`] leaves the device out.
+    pub console: ConsoleOutput,
+    /// Where the output of a 16550 UART at port 0x3f8 goes; [`ConsoleOutput::None`] leaves it out. With one, the kernel
+    /// is told to use it as its console.
+    pub debug_uart: ConsoleOutput,
+    /// Whether the machine has the boot timer: a byte 123 written to guest-physical address 0xC000_0000 marks the moment
+    /// of `init`.
+    pub boot_timer: bool,
+}
+
+impl MachineConfig {
+    /// A machine with one vCPU and 128 MiB that boots `kernel` and has no devices.
+    #[must_use]
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            kernel: kernel.into(),
+            initrd: None,
+            cmdline: String::new(),
+            vcpus: 1,
+            memory: 128 << 20,
+            pmem: Vec::new(),
+            disks: Vec::new(),
+            fs: Vec::new(),
+            vsock: None,
+            console: ConsoleOutput::None,
+            debug_uart: ConsoleOutput::None,
+            boot_timer: false,
+        }
+    }
+}
+
+/// A file that the guest sees as persistent memory: its pages are the host's page cache.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct PmemConfig {
+    /// The file. Its content must not be truncated while the machine runs.
+    pub path: PathBuf,
+    /// Whether guest writes are refused; otherwise they stay in the guest's memory and the file does not change.
+    pub read_only: bool,
+}
+
+/// A file or block device that the guest sees as a disk.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct DiskConfig {
+    /// The file or block device.
+    pub path: PathBuf,
+    /// Whether guest writes are refused.
+    pub read_only: bool,
+}
+
+/// A directory that the guest can mount by its tag (`mount -t virtiofs TAG /mnt`).
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct FsConfig {
+    /// The tag, 1 to 36 bytes (virtio 1.2, §5.11.4).
+    pub tag: String,
+    /// The directory.
+    pub directory: PathBuf,
+}
+
+/// The socket device and its host side.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct VsockConfig {
+    /// The guest's context id, 3 to 0xffff_fffe.
+    pub guest_cid: u32,
+    /// Unix socket that the machine listens on: a peer writes `CONNECT <port>\n` to reach a guest port; the guest
+    /// reaches host port P where somebody listens on this path with `_P` appended.
+    pub socket: PathBuf,
+}
+
+/// Where console output goes.
+#[derive(Clone, Debug, Default, Eq, PartialEq)]
+pub enum ConsoleOutput {
+    /// Nowhere: the device does not exist.
+    #[default]
+    None,
+    /// Standard output; input comes from standard input.
+    Stdio,
+    /// A file, created or appended to.
+    File(PathBuf),
+}
+
+/// Why a configuration was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// Too little or too much guest memory.
+    #[error("Guest memory of {given} bytes is out of range: give {min} to {max} bytes ({limit})")]
+    MemoryRange {
+        /// What was asked for, in bytes.
+        given: u64,
+        /// The least, in bytes.
+        min: u64,
+        /// The most on this host, in bytes.
+        max: u64,
+        /// What sets the upper limit.
+        limit: &'static str,
+    },
+    /// Guest memory that is no multiple of the granule.
+    #[error("Guest memory of {0} bytes is not a multiple of 2 MiB: round it up to {next} bytes", next = .0.next_multiple_of(MEMORY_GRANULE))]
+    MemoryGranule(u64),
+    /// No vCPU, or too many.
+    #[error("{given} vCPUs are out of range: give 1 to {max}")]
+    Vcpus {
+        /// What was asked for.
+        given: u8,
+        /// The most on this host.
+        max: u8,
+    },
+    /// A file or directory cannot be used.
+    #[error("The {role} {} cannot be used: check that it exists and is {kind} that this user may access", path.display())]
+    Unusable {
+        /// What it is for.
+        role: &'static str,
+        /// The path as given.
+        path: PathBuf,
+        /// What it should be.
+        kind: &'static str,
+        /// The operating system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// An empty file where content is needed.
+    #[error("The {role} {} is empty: build or copy it again", path.display())]
+    Empty {
+        /// What it is for.
+        role: &'static str,
+        /// The path as given.
+        path: PathBuf,
+    },
+    /// A kernel command line that the guest could not take.
+    #[error("The kernel command line has {given} bytes, the guest takes at most {max}: shorten it")]
+    CmdlineLength {
+        /// Its length with the machine's own part.
+        given: usize,
+        /// The longest that the guest takes.
+        max: usize,
+    },
+    /// A kernel command line with a control or non-ASCII character.
+    #[error("The kernel command line has the character {0:?}: use printable ASCII only")]
+    CmdlineCharacter(char),
+    /// A shared directory's tag that is empty, too long, or used twice.
+    #[error("The tag {0:?} cannot be used: give each shared directory its own tag of 1 to 36 bytes")]
+    Tag(String),
+    /// A context id that is reserved.
+    #[error("The vsock context id {0} is reserved: give 3 to 4294967294")]
+    GuestCid(u32),
+    /// A socket path that does not fit `sun_path`.
+    #[error("The vsock socket path {} is too long: keep it within {max} bytes", path.display())]
+    SocketPath {
+        /// The path as given.
+        path: PathBuf,
+        /// The longest that leaves room for the port suffix.
+        max: usize,
+    },
+    /// More devices than the PCI bus has slots.
+    #[error("{given} devices were asked for, the machine has room for {DEVICES_MAX}: remove some")]
+    TooManyDevices {
+        /// How many were asked for.
+        given: usize,
+    },
+    /// Two consoles on standard input and output.
+    #[error("The console and the debug UART cannot both use standard input and output: send one of them to a file")]
+    StdioTwice,
+}
+
+/// `sun_path` holds 108 bytes; a NUL and the suffix `_4294967295` must fit too (unix(7)).
+const SOCKET_PATH_MAX: usize = 108 - 1 - 11;
+/// The longest tag of a shared directory (virtio 1.2, §5.11.4).
+const TAG_MAX: usize = 36;
+
+impl MachineConfig {
+    /// Checks everything that can be checked without building the machine.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with its limit and the remedy.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        self.validate_memory(&host::Limits::of_this_host())?;
+        self.validate_vcpus(host::Limits::of_this_host().vcpus)?;
+        self.validate_cmdline()?;
+        self.validate_devices()?;
+        self.validate_files()
+    }
+
+    fn validate_memory(&self, limits: &host::Limits) -> Result<(), ConfigError> {
+        let (max, limit) = limits.guest_memory();
+        if self.memory < MEMORY_MIN || self.memory > max {
+            return Err(ConfigError::MemoryRange { given: self.memory, min: MEMORY_MIN, max, limit });
+        }
+        if !self.memory.is_multiple_of(MEMORY_GRANULE) {
+            return Err(ConfigError::MemoryGranule(self.memory));
+        }
+        Ok(())
+    }
+
+    fn validate_vcpus(&self, host_max: u8) -> Result<(), ConfigError> {
+        let max = host_max.min(VCPUS_MAX);
+        if self.vcpus == 0 || self.vcpus > max {
+            return Err(ConfigError::Vcpus { given: self.vcpus, max });
+        }
+        Ok(())
+    }
+
+    fn validate_cmdline(&self) -> Result<(), ConfigError> {
+        if let Some(character) = self.cmdline.chars().find(|c| !matches!(c, ' '..='~')) {
+            return Err(ConfigError::CmdlineCharacter(character));
+        }
+        let given = crate::boot::cmdline::of(self).len() + 1;
+        if given > CMDLINE_MAX {
+            return Err(ConfigError::CmdlineLength { given, max: CMDLINE_MAX });
+        }
+        Ok(())
+    }
+
+    fn validate_devices(&self) -> Result<(), ConfigError> {
+        let given = self.device_count();
+        if given > DEVICES_MAX {
+            return Err(ConfigError::TooManyDevices { given });
+        }
+        for (index, fs) in self.fs.iter().enumerate() {
+            let repeated = self.fs.iter().take(index).any(|other| other.tag == fs.tag);
+            if fs.tag.is_empty() || fs.tag.len() > TAG_MAX || repeated {
+                return Err(ConfigError::Tag(fs.tag.clone()));
+            }
+        }
+        if let Some(vsock) = &self.vsock {
+            if !(3..u32::MAX).contains(&vsock.guest_cid) {
+                return Err(ConfigError::GuestCid(vsock.guest_cid));
+            }
+            if vsock.socket.as_os_str().len() > SOCKET_PATH_MAX {
+                return Err(ConfigError::SocketPath { path: vsock.socket.clone(), max: SOCKET_PATH_MAX });
+            }
+        }
+        if self.console == ConsoleOutput::Stdio && self.debug_uart == ConsoleOutput::Stdio {
+            return Err(ConfigError::StdioTwice);
+        }
+        Ok(())
+    }
+
+    fn validate_files(&self) -> Result<(), ConfigError> {
+        require_file("kernel", &self.kernel)?;
+        if let Some(initrd) = &self.initrd {
+            require_file("initrd", initrd)?;
+        }
+        for pmem in &self.pmem {
+            require_file("persistent memory image", &pmem.path)?;
+        }
+        for disk in &self.disks {
+            require_open("disk", &disk.path, "a file or block device")?;
+        }
+        for fs in &self.fs {
+            let role = "shared directory";
+            std::fs::read_dir(&fs.directory).map_err(|source| ConfigError::Unusable {
+                role,
+                path: fs.directory.clone(),
+                kind: "a directory",
+                source,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// How many PCI devices the machine has beside its host bridge.
+    fn device_count(&self) -> usize {
+        let console = usize::from(self.console != ConsoleOutput::None);
+        let entropy = 1;
+        self.pmem.len() + self.disks.len() + self.fs.len() + usize::from(self.vsock.is_some()) + console + entropy
+    }
+}
+
+fn require_open(role: &'static str, path: &Path, kind: &'static str) -> Result<File, ConfigError> {
+    File::open(path).map_err(|source| ConfigError::Unusable { role, path: path.to_path_buf(), kind, source })
+}
+
+fn require_file(role: &'static str, path: &Path) -> Result<(), ConfigError> {
+    const KIND: &str = "a regular file";
+    let unusable = |source| ConfigError::Unusable { role, path: path.to_path_buf(), kind: KIND, source };
+    // The type is asked for first: opening a FIFO would wait for its other end.
+    let metadata = std::fs::metadata(path).map_err(unusable)?;
+    if !metadata.is_file() {
+        return Err(unusable(std::io::ErrorKind::InvalidInput.into()));
+    }
+    require_open(role, path, KIND)?;
+    if metadata.len() == 0 {
+        return Err(ConfigError::Empty { role, path: path.to_path_buf() });
+    }
+    Ok(())
+}

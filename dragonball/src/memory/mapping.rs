@@ -1,0 +1,100 @@
+//! Host mappings that back guest memory.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::AsRawFd;
+
+use vm_memory::MmapRegion;
+use vm_memory::mmap::MmapRegionBuilder;
+
+/// The name of guest RAM in `/proc/<pid>/smaps` (`[anon:guest-ram]`), so that it can be told from the monitor's own.
+const RAM_NAME: &std::ffi::CStr = c"guest-ram";
+
+/// Maps `length` bytes of zeroed memory that costs nothing until it is touched.
+///
+/// # Errors
+/// When the host has no room.
+pub(crate) fn anonymous(length: usize) -> io::Result<MmapRegion> {
+    let region = MmapRegionBuilder::new(length)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+        .build()
+        .map_err(io::Error::other)?;
+    // SAFETY: the range is the mapping just made, the name is NUL-terminated and copied by the kernel. Kernels without
+    // names for anonymous memory refuse, which changes nothing but the name.
+    unsafe {
+        libc::prctl(libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME, region.as_ptr(), length, RAM_NAME.as_ptr());
+    }
+    Ok(region)
+}
+
+/// Replaces `length` bytes of `region` from `offset` on by a private mapping of `file` from `file_offset` on: what is
+/// written there stays out of the file, what is not shares the host's page cache.
+///
+/// All three numbers are multiples of the page size but for the length, which is rounded up; the file's last page reads
+/// as zero behind its end.
+///
+/// # Errors
+/// When the range is outside of the region or not page-aligned, or the host refuses.
+pub(crate) fn overlay(region: &MmapRegion, offset: u64, file: &File, file_offset: u64, length: u64) -> io::Result<()> {
+    let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
+    let length = length.checked_next_multiple_of(PAGE).ok_or_else(invalid)?;
+    let end = offset.checked_add(length).ok_or_else(invalid)?;
+    let size = u64::try_from(region.size()).map_err(|_| invalid())?;
+    if !offset.is_multiple_of(PAGE) || !file_offset.is_multiple_of(PAGE) || length == 0 || end > size {
+        return Err(invalid());
+    }
+    let offset = usize::try_from(offset).map_err(|_| invalid())?;
+    let length = usize::try_from(length).map_err(|_| invalid())?;
+    let file_offset = libc::off_t::try_from(file_offset).map_err(|_| invalid())?;
+    // SAFETY: the range was checked to lie in `region`, which this process owns and which is only accessed through
+    // volatile accesses of vm-memory; it stays mapped, readable and writable.
+    let address = unsafe {
+        libc::mmap(
+            region.as_ptr().add(offset).cast(),
+            length,
+            libc::PROT_READ | libc::PROT_WRITE,
+            libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE,
+            file.as_raw_fd(),
+            file_offset,
+        )
+    };
+    if address == libc::MAP_FAILED { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// The page size of x86-64.
+pub(crate) const PAGE: u64 = 4096;
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn byte_at(region: &MmapRegion, offset: usize) -> u8 {
+        assert!(offset < region.size());
+        // SAFETY: inside of the region, which is readable.
+        unsafe { region.as_ptr().add(offset).read_volatile() }
+    }
+
+    #[test]
+    fn an_overlay_shows_the_file_and_zeroes_behind_its_end() {
+        let region = anonymous(16 * 4096).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[7; 5000]).unwrap();
+        overlay(&region, 4096, &file, 0, 5000).unwrap();
+        assert_eq!([byte_at(&region, 4095), byte_at(&region, 4096), byte_at(&region, 4096 + 4999)], [0, 7, 7]);
+        assert_eq!([byte_at(&region, 4096 + 5000), byte_at(&region, 3 * 4096)], [0, 0]);
+    }
+
+    #[test]
+    fn an_overlay_outside_of_the_region_or_off_a_page_is_refused() {
+        let region = anonymous(4 * 4096).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        for (offset, file_offset, length) in
+            [(0, 0, 5 * 4096), (4 * 4096, 0, 1), (1, 0, 4096), (0, 1, 4096), (0, 0, 0), (u64::MAX - 4095, 0, 8192)]
+        {
+            assert!(overlay(&region, offset, &file, file_offset, length).is_err(), "{offset} {file_offset} {length}");
+        }
+    }
+}

@@ -1,0 +1,176 @@
+//! Guest memory: what backs it and how KVM and the devices see it.
+
+use std::fs::File;
+use std::io;
+use std::os::unix::fs::FileExt;
+use std::sync::Arc;
+
+use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
+use kvm_ioctls::VmFd;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+
+use self::layout::Range;
+use crate::virtio::device::GuestMemory;
+
+pub(crate) mod layout;
+pub(crate) mod mapping;
+
+/// Guest RAM before the machine runs.
+#[derive(Clone, Debug)]
+pub(crate) struct GuestRam {
+    memory: GuestMemory,
+}
+
+impl GuestRam {
+    /// Maps `size` bytes of RAM at the addresses that the layout gives them.
+    ///
+    /// # Errors
+    /// When the host has no room for the mapping.
+    pub(crate) fn new(size: u64) -> io::Result<Self> {
+        let mut regions = Vec::new();
+        for range in layout::ram(size) {
+            let length = usize::try_from(range.length).map_err(io::Error::other)?;
+            let region = GuestRegionMmap::new(mapping::anonymous(length)?, GuestAddress(range.start));
+            regions.push(region.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?);
+        }
+        let memory = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
+        Ok(Self { memory: Arc::new(memory) })
+    }
+
+    /// The memory as devices see it.
+    pub(crate) fn memory(&self) -> &GuestMemory {
+        &self.memory
+    }
+
+    /// Copies `bytes` to guest-physical `address`.
+    ///
+    /// # Errors
+    /// When they do not fit there.
+    pub(crate) fn write(&self, bytes: &[u8], address: u64) -> io::Result<()> {
+        self.memory.write_slice(bytes, GuestAddress(address)).map_err(io::Error::other)
+    }
+
+    /// Puts `length` bytes of `file` from `file_offset` on at guest-physical `address`: mapped where both lie on a page,
+    /// read otherwise.
+    ///
+    /// # Errors
+    /// When they do not fit there, or the file cannot be mapped or read.
+    pub(crate) fn load(&self, file: &File, file_offset: u64, length: u64, address: u64) -> io::Result<()> {
+        if length == 0 {
+            return Ok(());
+        }
+        let region = self.memory.find_region(GuestAddress(address)).ok_or(io::ErrorKind::InvalidInput)?;
+        let offset = address - region.start_addr().0;
+        if region.len() - offset < length {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        if address.is_multiple_of(mapping::PAGE) && file_offset.is_multiple_of(mapping::PAGE) {
+            // The last page is read, not mapped: behind the piece, the file may go on with something else.
+            let whole = length - length % mapping::PAGE;
+            if whole > 0 {
+                mapping::overlay(&region.get_mmap(), offset, file, file_offset, whole)?;
+            }
+            return self.read_from(file, file_offset + whole, length - whole, address + whole);
+        }
+        self.read_from(file, file_offset, length, address)
+    }
+
+    fn read_from(&self, file: &File, mut file_offset: u64, length: u64, mut address: u64) -> io::Result<()> {
+        let mut buffer = vec![0; usize::try_from(length.min(64 << 10)).map_err(io::Error::other)?];
+        let end = address + length;
+        while address < end {
+            let wanted = usize::try_from(end - address).map_or(buffer.len(), |left| left.min(buffer.len()));
+            file.read_exact_at(&mut buffer[..wanted], file_offset)?;
+            self.write(&buffer[..wanted], address)?;
+            let done = u64::try_from(wanted).map_err(io::Error::other)?;
+            file_offset += done;
+            address += done;
+        }
+        Ok(())
+    }
+}
+
+/// Memory that KVM shows to the guest: numbers the slots.
+#[derive(Debug)]
+pub(crate) struct AddressSpace {
+    vm: Arc<VmFd>,
+    next_slot: u32,
+}
+
+impl AddressSpace {
+    pub(crate) fn new(vm: Arc<VmFd>) -> Self {
+        Self { vm, next_slot: 0 }
+    }
+
+    /// Shows all of `ram` to the guest.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    pub(crate) fn add_ram(&mut self, ram: &GuestRam) -> io::Result<()> {
+        for region in ram.memory.iter() {
+            let range = Range { start: region.start_addr().0, length: region.len() };
+            // SAFETY: the region is mapped as long as the guest memory, which outlives the vCPUs: the `vmm` thread
+            // holds it until it has joined them.
+            unsafe { self.add(range, region.as_ptr() as u64, 0)? };
+        }
+        Ok(())
+    }
+
+    /// Shows the host mapping at `host` as `range` to the guest, writes refused when `read_only`.
+    ///
+    /// # Errors
+    /// When KVM refuses.
+    ///
+    /// # Safety
+    /// `host` must be a mapping of at least the range's length that stays in place until the vCPUs have ended.
+    pub(crate) unsafe fn add_device_memory(&mut self, range: Range, host: u64, read_only: bool) -> io::Result<()> {
+        // SAFETY: as the caller promises.
+        unsafe { self.add(range, host, if read_only { KVM_MEM_READONLY } else { 0 }) }
+    }
+
+    /// # Safety
+    /// As [`Self::add_device_memory`].
+    unsafe fn add(&mut self, range: Range, host: u64, flags: u32) -> io::Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot: self.next_slot,
+            flags,
+            guest_phys_addr: range.start,
+            memory_size: range.length,
+            userspace_addr: host,
+        };
+        // SAFETY: as the caller promises.
+        unsafe { self.vm.set_user_memory_region(region)? };
+        self.next_slot += 1;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn a_loaded_piece_ends_where_it_ends() {
+        let ram = GuestRam::new(64 << 20).unwrap();
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; 4 * 4096]).unwrap();
+        for (address, file_offset) in [(0x10_0000, 0), (0x20_0010, 0), (0x30_0000, 16)] {
+            ram.load(&file, file_offset, 4096 + 100, address).unwrap();
+            let mut seen = [0; 4096 + 101];
+            ram.memory().read_slice(&mut seen, GuestAddress(address)).unwrap();
+            assert_eq!((seen[0], seen[4096 + 99], seen[4096 + 100]), (1, 1, 0), "{address:x} {file_offset}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let ram = GuestRam::new(64 << 20).unwrap();
+        let file = tempfile::tempfile().unwrap();
+        file.set_len(1 << 20).unwrap();
+        assert!(ram.load(&file, 0, 1 << 20, (64 << 20) - 4096).is_err());
+        assert!(ram.load(&file, 0, 4096, 1 << 40).is_err());
+        assert!(ram.load(&file, 1 << 20, 100, 0x10_0000).is_err(), "behind the end of the file");
+    }
+}

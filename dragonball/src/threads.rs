@@ -1,0 +1,38 @@
+//! Threads of the machine.
+
+use std::io;
+use std::thread::{Builder, JoinHandle};
+
+/// Their stack: plenty for what they do; only what is touched costs memory.
+const STACK: usize = 256 << 10;
+
+/// Starts a thread that gets no signals but those sent to it: the others are its process's concern.
+///
+/// # Errors
+/// When the host has no thread left.
+pub(crate) fn spawn<T: Send + 'static>(
+    name: &str,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> io::Result<JoinHandle<T>> {
+    // The mask is inherited, so that there is no instant at which the new thread could take a signal.
+    let before = block_signals()?;
+    let thread = Builder::new().name(name.to_owned()).stack_size(STACK).spawn(body);
+    // SAFETY: `before` is a signal set that the kernel filled.
+    unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
+    thread
+}
+
+/// Blocks every signal but the kick signal and those of faults, and gives the mask from before.
+fn block_signals() -> io::Result<libc::sigset_t> {
+    // SAFETY: a signal set of zeroes is valid; the calls only touch the two sets.
+    let (result, before) = unsafe {
+        let mut all: libc::sigset_t = std::mem::zeroed();
+        let mut before: libc::sigset_t = std::mem::zeroed();
+        libc::sigfillset(&raw mut all);
+        for signal in [libc::SIGRTMIN(), libc::SIGSEGV, libc::SIGBUS, libc::SIGILL, libc::SIGFPE, libc::SIGSYS] {
+            libc::sigdelset(&raw mut all, signal);
+        }
+        (libc::pthread_sigmask(libc::SIG_SETMASK, &raw const all, &raw mut before), before)
+    };
+    if result == 0 { Ok(before) } else { Err(io::Error::from_raw_os_error(result)) }
+}

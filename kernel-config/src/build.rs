@@ -1,0 +1,323 @@
+//! Builds a profile's kernel and keeps it by the hash of all that went into it.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use cache::{Cache, Key};
+use serde::{Deserialize, Serialize};
+
+use crate::dotconfig::{DotConfig, Refusal, refusals, write_requests};
+use crate::fragment::{self, Request};
+use crate::make::{Kbuild, checked, compiled};
+use crate::profile::{Profile, Start};
+use crate::source::{self, Source};
+
+/// Changes when the files of a result or the way that they are made change.
+const FORMAT: &str = "1";
+/// Programs that kbuild needs beside the compiler, and Debian's packages that bring them.
+const TOOLS: &[(&str, &str)] = &[
+    ("gcc", "gcc"),
+    ("make", "make"),
+    ("flex", "flex"),
+    ("bison", "bison"),
+    ("bc", "bc"),
+    ("strip", "binutils"),
+    ("cpio", "cpio"),
+    ("xz", "xz-utils"),
+];
+
+/// Why there is no kernel.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A data file of the profile is wrong.
+    #[error(transparent)]
+    Fragment(#[from] fragment::Error),
+    /// The cache failed.
+    #[error(transparent)]
+    Cache(#[from] cache::Error),
+    /// Debian's archive could not be read.
+    #[error(transparent)]
+    Debian(#[from] debian::Error),
+    /// A file operation failed.
+    #[error("Cannot {action} {path}")]
+    Io {
+        /// What was being done.
+        action: &'static str,
+        /// On which path.
+        path: PathBuf,
+        /// The operating system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A program could not be started.
+    #[error("Cannot run {program}; is it installed?")]
+    Start {
+        /// Its name.
+        program: String,
+        /// The operating system's answer.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A program failed.
+    #[error("{program} failed{}:\n{output}", log.as_ref().map(|path| format!(" (all of its output: {})", path.display())).unwrap_or_default())]
+    Failed {
+        /// Its name and targets.
+        program: String,
+        /// The end of what it wrote.
+        output: String,
+        /// Where the whole output is.
+        log: Option<PathBuf>,
+    },
+    /// Programs that the build needs are not installed.
+    #[error("The kernel's build needs programs that are not here; apt-get install {0}")]
+    Tools(String),
+    /// Kconfig did not grant what the fragments ask for.
+    #[error(
+        "Profile {profile}: the kernel's configuration does not grant what the fragments ask for; \
+         add what these symbols depend on, or ask for something else:\n{}", list(.refusals)
+    )]
+    Refused {
+        /// The profile.
+        profile: &'static str,
+        /// All requests that were not granted.
+        refusals: Vec<Refusal>,
+    },
+    /// The kernel is larger than its profile allows.
+    #[error("Profile {profile}: vmlinux has {size} bytes, its limit is {limit}; turn something off or raise the limit")]
+    TooLarge {
+        /// The profile.
+        profile: &'static str,
+        /// Bytes it has.
+        size: u64,
+        /// Bytes it may have.
+        limit: u64,
+    },
+    /// A result in the cache cannot be read.
+    #[error("{path} is no build result; remove its directory and build again")]
+    Manifest {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl Error {
+    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.to_owned();
+        move |source| Self::Io { action, path, source }
+    }
+}
+
+fn list(refusals: &[Refusal]) -> String {
+    let lines = refusals
+        .iter()
+        .map(|Refusal { symbol, wanted, found }| format!("  {symbol}: asked for {wanted}, Kconfig gave {found}"));
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+/// What a build tells of its progress.
+pub trait Progress {
+    /// A new step begins.
+    fn step(&self, what: &str);
+    /// One more source file is being compiled.
+    fn compiled(&self, file: &str);
+}
+
+/// What a build gave; the files of it lie in one directory.
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub struct Manifest {
+    /// The profile's name.
+    pub profile: String,
+    /// What `uname -r` says in the guest.
+    pub release: String,
+    /// Version of Debian's source package.
+    pub source: String,
+    /// First line of `gcc --version`.
+    pub compiler: String,
+    /// Size of `vmlinux` in bytes.
+    pub vmlinux_bytes: u64,
+    /// Whether there is a `lib/modules`.
+    pub modules: bool,
+}
+
+/// A built kernel.
+#[derive(Clone, Debug)]
+pub struct Kernel {
+    /// Holds `vmlinux`, `config`, `System.map`, `manifest.json` and, with modules, `lib/modules`.
+    pub directory: PathBuf,
+    /// What it is.
+    pub manifest: Manifest,
+}
+
+/// Builds kernels.
+#[derive(Debug)]
+pub struct Builder<'a> {
+    /// Where sources and results are kept.
+    pub cache: &'a Cache,
+    /// How many compilers run at once.
+    pub jobs: usize,
+    /// A build directory that is kept between builds (for work on the fragments), or a new one for each build.
+    pub build_tree: Option<&'a Path>,
+}
+
+impl Builder<'_> {
+    /// The kernel of `profile`: from the cache if the same was built before, else built now.
+    ///
+    /// # Errors
+    /// All of [`Error`]; nothing is kept of a failed build but its log.
+    pub fn build(&self, profile: Profile, progress: &dyn Progress) -> Result<Kernel, Error> {
+        let requests: BTreeMap<String, Request> =
+            profile.requests()?.into_iter().map(|(symbol, origin)| (symbol, origin.request)).collect();
+        require_tools()?;
+        let source = source::fetch(self.cache, &|what| progress.step(what))?;
+        let compiler = first_line(&checked(Command::new("gcc").arg("--version"))?);
+        let linker = first_line(&checked(Command::new("ld").arg("--version"))?);
+        let key = Key::new(FORMAT)
+            .with("profile", profile.name().as_bytes())
+            .with("requests", write_requests(&requests).as_bytes())
+            .with("source", source.version.as_bytes())
+            .with("compiler", compiler.as_bytes())
+            .with("linker", linker.as_bytes());
+        let build = Build { builder: self, profile, requests, source, compiler, progress };
+        let directory = self.cache.get_or_build("kernel", &key, |result| build.run(result))?;
+        let manifest = read_manifest(&directory)?;
+        Ok(Kernel { directory, manifest })
+    }
+}
+
+struct Build<'a> {
+    builder: &'a Builder<'a>,
+    profile: Profile,
+    requests: BTreeMap<String, Request>,
+    source: Source,
+    compiler: String,
+    progress: &'a dyn Progress,
+}
+
+impl Build<'_> {
+    fn run(&self, result: &Path) -> Result<(), Error> {
+        let root = self.builder.cache.root();
+        let temporary;
+        let objects = match self.builder.build_tree {
+            Some(kept) => kept,
+            None => {
+                temporary = tempfile::tempdir_in(root).map_err(Error::io("create a build directory in", root))?;
+                temporary.path()
+            }
+        };
+        fs::create_dir_all(objects).map_err(Error::io("create", objects))?;
+        let log = root.join(format!("kernel/{}.log", self.profile.name()));
+        fs::write(&log, "").map_err(Error::io("write the build log", &log))?;
+        let kbuild = Kbuild { source: &self.source.tree, objects, jobs: self.builder.jobs, log };
+        self.configure(&kbuild)?;
+        self.compile(&kbuild)?;
+        self.install(&kbuild, result)
+    }
+
+    fn configure(&self, kbuild: &Kbuild<'_>) -> Result<(), Error> {
+        self.progress.step("Configuring");
+        let requests = write_requests(&self.requests);
+        let path = kbuild.objects.join("requests.config");
+        fs::write(&path, &requests).map_err(Error::io("write", &path))?;
+        let dotconfig = kbuild.objects.join(".config");
+        match self.profile.start() {
+            Start::AllOff => {
+                let all = format!("KCONFIG_ALLCONFIG={}", path.display());
+                kbuild.run(&[&all, "allnoconfig"], &mut |_| ())?;
+            }
+            Start::Tiny => {
+                kbuild.run(&["tinyconfig"], &mut |_| ())?;
+                let tiny = fs::read_to_string(&dotconfig).map_err(Error::io("read", &dotconfig))?;
+                fs::write(&dotconfig, tiny + &requests).map_err(Error::io("write", &dotconfig))?;
+                kbuild.run(&["olddefconfig"], &mut |_| ())?;
+            }
+        }
+        let text = fs::read_to_string(&dotconfig).map_err(Error::io("read", &dotconfig))?;
+        let refusals = refusals(&self.requests, &DotConfig::parse(&text));
+        if refusals.is_empty() { Ok(()) } else { Err(Error::Refused { profile: self.profile.name(), refusals }) }
+    }
+
+    fn has_modules(&self) -> bool {
+        self.requests.get("MODULES").is_some_and(|request| !request.value.is_off())
+    }
+
+    fn compile(&self, kbuild: &Kbuild<'_>) -> Result<(), Error> {
+        self.progress.step("Compiling");
+        let targets: &[&str] = if self.has_modules() { &["vmlinux", "modules"] } else { &["vmlinux"] };
+        kbuild.run(targets, &mut |line| {
+            if let Some(file) = compiled(line) {
+                self.progress.compiled(file);
+            }
+        })
+    }
+
+    fn install(&self, kbuild: &Kbuild<'_>, result: &Path) -> Result<(), Error> {
+        self.progress.step("Stripping");
+        let vmlinux = result.join("vmlinux");
+        checked(Command::new("strip").arg("-o").arg(&vmlinux).arg(kbuild.objects.join("vmlinux")))?;
+        for (from, to) in [(".config", "config"), ("System.map", "System.map")] {
+            let from = kbuild.objects.join(from);
+            fs::copy(&from, result.join(to)).map_err(Error::io("copy", &from))?;
+        }
+        if self.has_modules() {
+            let root = format!("INSTALL_MOD_PATH={}", result.display());
+            kbuild.run(&[&root, "INSTALL_MOD_STRIP=1", "modules_install"], &mut |_| ())?;
+        }
+        let size = fs::metadata(&vmlinux).map_err(Error::io("read", &vmlinux))?.len();
+        if let Some(limit) = self.profile.size_limit().filter(|limit| size > *limit) {
+            return Err(Error::TooLarge { profile: self.profile.name(), size, limit });
+        }
+        let release = checked(&mut kbuild.command(&["-s", "kernelrelease"]))?;
+        let manifest = Manifest {
+            profile: self.profile.name().to_owned(),
+            release: release.trim().to_owned(),
+            source: self.source.version.clone(),
+            compiler: self.compiler.clone(),
+            vmlinux_bytes: size,
+            modules: self.has_modules(),
+        };
+        let path = result.join("manifest.json");
+        let text =
+            serde_json::to_string_pretty(&manifest).map_err(|source| Error::Manifest { path: path.clone(), source })?;
+        fs::write(&path, text).map_err(Error::io("write", &path))
+    }
+}
+
+fn read_manifest(directory: &Path) -> Result<Manifest, Error> {
+    let path = directory.join("manifest.json");
+    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    serde_json::from_str(&text).map_err(|source| Error::Manifest { path, source })
+}
+
+fn first_line(text: &str) -> String {
+    text.lines().next().unwrap_or_default().to_owned()
+}
+
+fn require_tools() -> Result<(), Error> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let installed = |tool: &str| std::env::split_paths(&path).any(|dir| dir.join(tool).is_file());
+    let mut missing: Vec<&str> =
+        TOOLS.iter().filter(|(tool, _)| !installed(tool)).map(|(_, package)| *package).collect();
+    // objtool links with libelf.
+    if !Path::new("/usr/include/libelf.h").exists() {
+        missing.push("libelf-dev");
+    }
+    if missing.is_empty() { Ok(()) } else { Err(Error::Tools(missing.join(" "))) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_refused_configuration_names_every_symbol_with_what_was_asked_and_given() {
+        let refusal = |symbol: &str| Refusal { symbol: symbol.into(), wanted: "y".into(), found: "n".into() };
+        let error = Error::Refused { profile: "base", refusals: vec![refusal("VMGENID"), refusal("EROFS_FS")] };
+        let text = error.to_string();
+        assert!(text.contains("VMGENID: asked for y, Kconfig gave n") && text.contains("EROFS_FS"), "{text}");
+    }
+}
