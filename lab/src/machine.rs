@@ -21,8 +21,8 @@ use crate::rundir::{self, RunDir};
 use crate::setup::{Setup, prepare_with};
 use crate::snapshot::Snapshot;
 
-/// How long a running machine may take to answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// How long a running machine may take to answer: it shares the host with whatever is built there.
+const ANSWER_LIMIT: Duration = Duration::from_secs(180);
 
 /// What a machine was started from, as it stands in its directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -59,6 +59,16 @@ impl Setup {
         self.files.is_empty() && self.commands.is_empty()
     }
 
+    /// Removes the machine saved with this setup from the cache, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be removed, or a file of the setup cannot be read.
+    pub fn forget(&self, snapshot: Snapshot) -> Result<(), Error> {
+        let cache = Cache::open()?;
+        let name = self.key(&prepare(snapshot)?)?.name();
+        cache.retain(KIND, |path| !path.ends_with(&name)).map(drop).map_err(Error::from)
+    }
+
     fn key(&self, base: &Prepared) -> Result<Key, Error> {
         let mut key = Key::new("1").with("base", base.id().as_bytes());
         for (source, target) in &self.files {
