@@ -44,6 +44,8 @@ pub(crate) enum Start {
     Boot,
     /// It waits for a saved state; memory and disk files stay as they are, what it writes is its own.
     Restore,
+    /// It waits for a saved state; memory and disk files get what it writes.
+    Extend,
 }
 
 /// When a machine ends that nobody ends.
@@ -87,7 +89,7 @@ pub(crate) fn arguments(snapshot: Snapshot, parts: &Parts, start: Start, qmp: Ra
     line.add("-serial", "chardev:console");
     line.add("-chardev", format!("socket,id=qmp,fd={qmp},server=on,wait=off"));
     line.add("-mon", "chardev=qmp,mode=control");
-    if start == Start::Restore {
+    if start != Start::Boot {
         line.add("-incoming", "defer");
     }
     line.words
@@ -99,7 +101,7 @@ fn add_machine(line: &mut Line, snapshot: Snapshot, parts: &Parts, start: Start)
     line.add("-smp", snapshot.cpus().to_string());
     line.add("-m", snapshot.memory().to_string());
     // A restored machine's pages are its own copies of the file's.
-    let share = if start == Start::Boot { "on" } else { "off" };
+    let share = if start == Start::Restore { "off" } else { "on" };
     let memory = format!("memory-backend-file,id=ram,size={}M,share={share},mem-path=", snapshot.memory());
     line.add("-object", with_path(&memory, &parts.memory));
     if snapshot.counts_instructions() {
@@ -213,6 +215,14 @@ mod tests {
         let line = line(Snapshot::Base, Start::Restore);
         assert!(line.contains("share=off,mem-path=/memory"), "{line}");
         assert!(line.contains("snapshot=on"), "{line}");
+        assert!(line.ends_with("-incoming defer"), "{line}");
+    }
+
+    #[test]
+    fn an_extended_machine_starts_from_a_state_and_writes_to_its_files() {
+        let line = line(Snapshot::Base, Start::Extend);
+        assert!(line.contains("share=on,mem-path=/memory"), "{line}");
+        assert!(!line.contains("snapshot=on"), "{line}");
         assert!(line.ends_with("-incoming defer"), "{line}");
     }
 

@@ -156,7 +156,8 @@ mod tests {
 
     #[test]
     fn containerds_command_lines_are_understood() {
-        let args = parse("-namespace k8s.io -address /run/c.sock -publish-binary /usr/bin/containerd -id a -debug start");
+        let args =
+            parse("-namespace k8s.io -address /run/c.sock -publish-binary /usr/bin/containerd -id a -debug start");
         let args = args.unwrap();
         assert_eq!((args.action, &*args.namespace, &*args.id), (Action::Start, "k8s.io", "a"));
         assert!(args.debug && args.address == "/run/c.sock");

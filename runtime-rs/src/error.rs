@@ -151,7 +151,10 @@ mod tests {
     fn a_guest_that_ended_early_is_reported_as_what_it_was_with_its_console() {
         let error = Error::GuestEnded { what: ExitReason::Panic, tail: "VFS: Unable to mount root\n".to_owned() };
         let text = error.to_string();
-        assert!(text.contains("panicked before its agent answered") && text.ends_with("Unable to mount root"), "{text}");
+        assert!(
+            text.contains("panicked before its agent answered") && text.ends_with("Unable to mount root"),
+            "{text}"
+        );
         assert_eq!(error.code(), Code::UNAVAILABLE);
     }
 

@@ -77,7 +77,8 @@ impl Plan {
     #[must_use]
     pub fn new(config: &Config, vsock: &Path, shared: &Path, debug_console: Option<PathBuf>) -> Self {
         let hypervisor = &config.hypervisor;
-        let mut cmdline = String::from("root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/kata-agent");
+        let mut cmdline =
+            String::from("root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/kata-agent");
         if config.agent.enable_debug {
             cmdline.push_str(" agent.log=debug");
         }
@@ -175,7 +176,10 @@ mod tests {
         assert!(message.contains("has no super block"), "{message}");
         std::fs::write(file.path(), vec![0; 4096]).unwrap();
         let message = check_image(file.path()).unwrap_err().to_string();
-        assert!(message.contains("is not an EROFS") && message.contains(&file.path().display().to_string()), "{message}");
+        assert!(
+            message.contains("is not an EROFS") && message.contains(&file.path().display().to_string()),
+            "{message}"
+        );
         let mut image = vec![0; 4096];
         image[1024..1028].copy_from_slice(&[0xE2, 0xE1, 0xF5, 0xE0]);
         std::fs::write(file.path(), image).unwrap();

@@ -13,7 +13,9 @@ const HASH_BYTES: usize = 10;
 
 /// A name that containerd would not give, and that could leave the state directory.
 #[derive(Debug, thiserror::Error)]
-#[error("{what} {name:?} is not valid; use 1 to {MAX_NAME} letters, digits, '.', '_' and '-', beginning with a letter or digit")]
+#[error(
+    "{what} {name:?} is not valid; use 1 to {MAX_NAME} letters, digits, '.', '_' and '-', beginning with a letter or digit"
+)]
 pub struct NameError {
     what: &'static str,
     name: String,

@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use journal::ProcessId;
 use serde::Deserialize;
 
 use crate::args::Args;
@@ -159,10 +160,14 @@ fn await_ready(channel: &mut UnixStream) -> Result<(), StartError> {
     let mut buffer = [0; 512];
     while answer != READY {
         match channel.read(&mut buffer).map_err(failed)? {
-            0 if answer.is_empty() => return Err(StartError::Pod("the pod process ended before it listened".to_owned())),
+            0 if answer.is_empty() => {
+                return Err(StartError::Pod("the pod process ended before it listened".to_owned()));
+            }
             0 => return Err(StartError::Pod(String::from_utf8_lossy(&answer).into_owned())),
             count if answer.len() as u64 > MAX_FAILURE => {
-                return Err(StartError::Pod(format!("the pod process failed with an endless text ({count} bytes more)")));
+                return Err(StartError::Pod(format!(
+                    "the pod process failed with an endless text ({count} bytes more)"
+                )));
             }
             count => answer.extend_from_slice(&buffer[..count]),
         }
@@ -175,6 +180,10 @@ fn abandon(child: &mut Child, paths: &Paths) {
     // It may have ended by itself; both calls are then harmless.
     let _ = child.kill();
     let _ = child.wait();
+    // A journal of a process that lives is another's: this one was refused because of it.
+    if journal::owners(&paths.journal()).is_ok_and(|owners| owners.iter().any(ProcessId::is_alive)) {
+        return;
+    }
     if let Err(error) = delete::undo(paths) {
         eprintln!("{BINARY}: {}", crate::error::chain(&error));
     }

@@ -12,10 +12,7 @@ const STACK: usize = 512 << 10;
 /// # Errors
 ///
 /// [`Error::Host`] when no thread can be made, or when the work panicked.
-pub async fn run<T: Send + 'static>(
-    name: &'static str,
-    work: impl FnOnce() -> T + Send + 'static,
-) -> Result<T, Error> {
+pub async fn run<T: Send + 'static>(name: &'static str, work: impl FnOnce() -> T + Send + 'static) -> Result<T, Error> {
     let (done, result) = oneshot::channel();
     let body = move || {
         // Nobody listens any more when the request was given up.

@@ -80,7 +80,8 @@ fn origin() -> Result<PathBuf, Error> {
 
 /// The path below the mount: as given for the cgroupfs driver, expanded for systemd's `slice:prefix:name`.
 fn relative(path: &str) -> Result<PathBuf, Error> {
-    let bad = |why: &str| Error::Invalid(format!("linux.cgroupsPath {path:?} {why}; give /parent/name or slice:prefix:name"));
+    let bad =
+        |why: &str| Error::Invalid(format!("linux.cgroupsPath {path:?} {why}; give /parent/name or slice:prefix:name"));
     let relative = match *path.split(':').collect::<Vec<_>>().as_slice() {
         [plain] => PathBuf::from(plain.trim_start_matches('/')),
         [slice, prefix, name] => {
@@ -128,7 +129,10 @@ mod tests {
         for (path, expected) in [
             ("/default/redis", "default/redis"),
             ("kubepods/burstable/pod1/c", "kubepods/burstable/pod1/c"),
-            ("kubepods-burstable-pod1.slice:cri-containerd:abc", "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope"),
+            (
+                "kubepods-burstable-pod1.slice:cri-containerd:abc",
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope",
+            ),
             (":docker:abc", "system.slice/docker-abc.scope"),
             ("-.slice:x:y", "x-y.scope"),
         ] {

@@ -15,7 +15,9 @@ const MAX_DATA: usize = 4095;
 #[derive(Debug, thiserror::Error)]
 pub enum MountError {
     /// An option that needs help beyond mount(2).
-    #[error("mount of type {fstype:?} on {target}: option {option:?} is not supported; use a snapshotter that mounts without it")]
+    #[error(
+        "mount of type {fstype:?} on {target}: option {option:?} is not supported; use a snapshotter that mounts without it"
+    )]
     Option {
         /// The option.
         option: String,
@@ -25,7 +27,9 @@ pub enum MountError {
         target: PathBuf,
     },
     /// Options that do not fit mount(2), even when shortened.
-    #[error("mount on {target}: the options take {size} bytes, the kernel takes {MAX_DATA}; the image has too many layers, squash it")]
+    #[error(
+        "mount on {target}: the options take {size} bytes, the kernel takes {MAX_DATA}; the image has too many layers, squash it"
+    )]
     TooLong {
         /// Mount point.
         target: PathBuf,
@@ -33,7 +37,9 @@ pub enum MountError {
         size: usize,
     },
     /// The kernel refused.
-    #[error("mount of {source_path:?} (type {fstype:?}) on {target}: {source}; check that the source exists and is intact")]
+    #[error(
+        "mount of {source_path:?} (type {fstype:?}) on {target}: {source}; check that the source exists and is intact"
+    )]
     Refused {
         /// What was mounted.
         source_path: String,
@@ -161,7 +167,8 @@ fn shorten(data: &str) -> Option<(PathBuf, String)> {
     while !layers.iter().all(|layer| layer.starts_with(common)) {
         common = common.parent()?;
     }
-    let short: Vec<&str> = layers.iter().map(|layer| layer.strip_prefix(common).ok()?.to_str()).collect::<Option<_>>()?;
+    let short: Vec<&str> =
+        layers.iter().map(|layer| layer.strip_prefix(common).ok()?.to_str()).collect::<Option<_>>()?;
     let short = format!("lowerdir={}", short.join(":"));
     let options = data.split(',').map(|option| if option.starts_with("lowerdir=") { short.as_str() } else { option });
     Some((common.to_owned(), options.collect::<Vec<_>>().join(",")))
@@ -211,7 +218,8 @@ mod tests {
     #[test]
     fn an_overlay_of_more_layers_than_a_page_names_is_mounted() {
         let root = tempfile::tempdir().unwrap();
-        let layers: Vec<String> = (0..60).map(|n| root.path().join(format!("{:0>60}/fs", n)).display().to_string()).collect();
+        let layers: Vec<String> =
+            (0..60).map(|n| root.path().join(format!("{:0>60}/fs", n)).display().to_string()).collect();
         for (n, layer) in layers.iter().enumerate() {
             std::fs::create_dir_all(layer).unwrap();
             std::fs::write(format!("{layer}/{n}"), "x").unwrap();

@@ -179,11 +179,8 @@ pub fn watch(pod: &Arc<Pod>, container: &Arc<Container>, process: &Arc<Process>)
     let (pod, container, process) = (Arc::clone(pod), Arc::clone(container), Arc::clone(process));
     tokio::spawn(async move {
         let Some(sandbox) = pod.sandbox.get() else { return };
-        let request = WaitRequest {
-            id: container.id.clone(),
-            exec_id: process.exec_id.clone(),
-            ..WaitRequest::default()
-        };
+        let request =
+            WaitRequest { id: container.id.clone(), exec_id: process.exec_id.clone(), ..WaitRequest::default() };
         match sandbox.task.wait(ttrpc::context::Context::default(), &request).await {
             Ok(response) => {
                 let at = response.exited_at.into_option().unwrap_or_else(Exit::now);

@@ -114,7 +114,11 @@ impl Sandbox {
             ..SetupRequest::default()
         };
         let sent = timeline::now_ns();
-        let response = self.agent.setup(ttrpc::context::with_duration(SETUP_DEADLINE), &request).await.map_err(|error| self.explain(error))?;
+        let response = self
+            .agent
+            .setup(ttrpc::context::with_duration(SETUP_DEADLINE), &request)
+            .await
+            .map_err(|error| self.explain(error))?;
         self.stamp(pod, sent, &response);
         Ok(())
     }

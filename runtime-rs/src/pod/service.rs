@@ -54,7 +54,9 @@ impl TaskService {
     ) -> Result<T, RpcError> {
         match tokio::spawn(request).await {
             Ok(result) => Ok(result?),
-            Err(error) => Err(ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, format!("the request failed: {error}"))),
+            Err(error) => {
+                Err(ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, format!("the request failed: {error}")))
+            }
         }
     }
 }
@@ -98,11 +100,7 @@ impl Task for TaskService {
     async fn wait(&self, _: &TtrpcContext, request: WaitRequest) -> ttrpc::Result<WaitResponse> {
         let process = self.pod.containers.get(&request.id)?.process(&request.exec_id)?;
         let exit = process.wait().await;
-        Ok(WaitResponse {
-            exit_status: exit.status,
-            exited_at: MessageField::some(exit.at),
-            ..WaitResponse::default()
-        })
+        Ok(WaitResponse { exit_status: exit.status, exited_at: MessageField::some(exit.at), ..WaitResponse::default() })
     }
 
     async fn state(&self, _: &TtrpcContext, request: StateRequest) -> ttrpc::Result<StateResponse> {
