@@ -16,6 +16,8 @@ use serde_json::json;
 pub(crate) const FAILURE: u8 = 125;
 const NOT_EXECUTABLE: u8 = 126;
 const NOT_FOUND: u8 = 127;
+/// 128 + SIGPIPE.
+const BROKEN_PIPE: u8 = 141;
 
 /// A nested test machine for hosts without hardware virtualization.
 ///
@@ -281,7 +283,11 @@ fn follow(mut process: Process, tty: bool) -> anyhow::Result<ExitCode> {
     }
     loop {
         match process.next_event() {
-            Ok(Event::Stdout(bytes)) => write_all(io::stdout().lock(), &bytes)?,
+            Ok(Event::Stdout(bytes)) => match write_all(io::stdout().lock(), &bytes) {
+                // As a local command would: its reader has what it wanted.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::from(BROKEN_PIPE)),
+                written => written?,
+            },
             Ok(Event::Stderr(bytes)) => write_all(io::stderr().lock(), &bytes)?,
             Ok(Event::Ended(status)) => return Ok(exit_code(status)),
             Err(lab::Error::Refused { message, errno }) => {

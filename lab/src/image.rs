@@ -208,9 +208,9 @@ fn prepare_modules(tools: &Tools, root: &Path, version: &str) -> Result<(), Erro
     let mut compressed = files_under(&modules)?;
     compressed.retain(|path| path.extension().is_some_and(|extension| extension == "xz"));
     for some in compressed.chunks(500) {
-        run(tools.command("usr/bin/xz").args(["-d", "--"]).args(some))?;
+        run("xz", tools.command("usr/bin/xz").args(["-d", "--"]).args(some))?;
     }
-    run(tools.command_as("usr/bin/kmod", "depmod").arg("-b").arg(root).arg(version))?;
+    run("depmod", tools.command_as("usr/bin/kmod", "depmod").arg("-b").arg(root).arg(version))?;
     drop(progress);
     Ok(())
 }
@@ -279,12 +279,15 @@ fn tidy(root: &Path) -> Result<(), Error> {
 
 fn make_disk(tools: &Tools, root: &Path, disk: &Path) -> Result<(), Error> {
     let progress = Progress::start("Making the root disk", 0);
-    run(tools
-        .command("usr/sbin/mke2fs")
-        .args(["-q", "-F", "-t", "ext4", "-O", "^has_journal,^metadata_csum"])
-        .args(["-E", "lazy_itable_init=1,root_owner=0:0", "-d"])
-        .args([root, disk])
-        .arg(DISK_SIZE))?;
+    run(
+        "mke2fs",
+        tools
+            .command("usr/sbin/mke2fs")
+            .args(["-q", "-F", "-t", "ext4", "-O", "^has_journal,^metadata_csum"])
+            .args(["-E", "lazy_itable_init=1,root_owner=0:0", "-d"])
+            .args([root, disk])
+            .arg(DISK_SIZE),
+    )?;
     drop(progress);
     Ok(())
 }
@@ -346,7 +349,8 @@ fn guest_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("guest")
 }
 
-/// All that the command server is built from in this repository, in a fixed order.
+/// What the command server is built from in this repository, in a fixed order. Not the versions of its libraries:
+/// they change with any dependency of the workspace, and each time all machines would be booted anew.
 fn guest_sources() -> Result<Vec<PathBuf>, Error> {
     let mut sources = files_under(&guest_dir().join("src"))?;
     sources.push(guest_dir().join("Cargo.toml"));
@@ -366,7 +370,7 @@ fn build_guest() -> Result<PathBuf, Error> {
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static");
-    let messages = run(&mut command)?;
+    let messages = run("cargo", &mut command)?;
     drop(progress);
     String::from_utf8_lossy(&messages)
         .lines()

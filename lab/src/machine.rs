@@ -15,15 +15,14 @@ use serde_json::json;
 use crate::command::{Command, Event, Input, Output, Process};
 use crate::connection::Connection;
 use crate::error::{Error, io, tail};
-use crate::qemu::{self, Descriptors, End, Parts, Start};
+use crate::qemu::{Descriptors, End, Plan, Start};
 use crate::qmp::Qmp;
 use crate::rundir::{self, RunDir};
 use crate::setup::{Setup, prepare_with};
 use crate::snapshot::Snapshot;
-use crate::tools::Tools;
 
-/// How long a running machine may take to answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// How long a running machine may take to answer: it shares the host with whatever is built there.
+const ANSWER_LIMIT: Duration = Duration::from_secs(180);
 
 /// What a machine was started from, as it stands in its directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -75,8 +74,8 @@ impl Machine {
     fn start(snapshot: Snapshot, setup: &Setup, name: &str, end: End) -> Result<Self, Error> {
         let dir = RunDir::of(name)?;
         let prepared = prepare_with(snapshot, setup)?;
-        let parts = prepared.parts(&dir);
-        let machine = Self::launch(&prepared.materials.tools, snapshot, dir, &parts, Start::Restore, end)?;
+        let plan = prepared.plan(snapshot, &dir, Start::Restore, end);
+        let machine = Self::launch(dir, &plan)?;
         machine.receive(&prepared.state())?;
         Ok(machine)
     }
@@ -147,20 +146,12 @@ impl Machine {
         }
     }
 
-    /// Starts QEMU.
-    pub(crate) fn launch(
-        tools: &Tools,
-        snapshot: Snapshot,
-        dir: RunDir,
-        parts: &Parts,
-        start: Start,
-        end: End,
-    ) -> Result<Self, Error> {
+    /// Starts QEMU. Even a machine that is to stay ends with its starter as long as nobody says otherwise.
+    pub(crate) fn launch(dir: RunDir, plan: &Plan) -> Result<Self, Error> {
         let life = dir.claim()?;
-        let pid = spawn_kept(tools, snapshot, &dir, parts, start, end, life)?;
-        // Even one that is to stay ends with its starter until it is whole.
-        let machine = Self { dir, snapshot, pid, kept: false };
-        let description = Description { snapshot: snapshot.name().to_owned(), pid: pid.as_raw() };
+        let pid = spawn(&dir, plan, life)?;
+        let machine = Self { dir, snapshot: plan.snapshot, pid, kept: false };
+        let description = Description { snapshot: plan.snapshot.name().to_owned(), pid: pid.as_raw() };
         let path = machine.dir.description();
         fs::write(&path, serde_json::to_vec(&description).unwrap_or_default()).map_err(io("write", &path))?;
         Ok(machine)
@@ -313,34 +304,23 @@ fn describe(dir: &RunDir) -> Option<Description> {
 }
 
 /// Starts QEMU in a thread that lives as long as QEMU does, so that "with the thread" means "with this process".
-fn spawn_kept(
-    tools: &Tools,
-    snapshot: Snapshot,
-    dir: &RunDir,
-    parts: &Parts,
-    start: Start,
-    end: End,
-    life: OwnedFd,
-) -> Result<Pid, Error> {
+fn spawn(dir: &RunDir, plan: &Plan, life: OwnedFd) -> Result<Pid, Error> {
     let (qmp, ports) = dir.listen()?;
     let descriptors = Descriptors { qmp, ports, life };
-    let (tools, parts, log) = (tools.clone(), parts.clone(), dir.qemu_log());
+    let (plan, log) = (plan.clone(), dir.qemu_log());
     let (sender, started) = channel();
     std::thread::spawn(move || {
-        let child = qemu::start(&tools, snapshot, &parts, start, descriptors, &log, end);
-        let mut child = match child {
-            Ok(child) => child,
-            Err(error) => {
-                // The receiver waits below.
-                let _ = sender.send(Err(error));
-                return;
+        // The receiver waits below for exactly one message.
+        match plan.spawn(descriptors, &log) {
+            Err(error) => drop(sender.send(Err(error))),
+            Ok(mut child) => {
+                drop(sender.send(Ok(child.id())));
+                // Reaps it; how it ended shows in its log.
+                let _ = child.wait();
             }
-        };
-        let _ = sender.send(Ok(child.id()));
-        // Reaps it; how it ended shows in its log.
-        let _ = child.wait();
+        }
     });
-    let pid =
-        started.recv().map_err(|_| Error::Qemu { problem: "was not started".to_owned(), log: String::new() })??;
+    let unstarted = || Error::Qemu { problem: "was not started".to_owned(), log: String::new() };
+    let pid = started.recv().map_err(|_| unstarted())??;
     Ok(Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX)))
 }

@@ -12,7 +12,7 @@ use crate::error::{Error, io};
 use crate::image::{Initrd, System};
 use crate::machine::Machine;
 use crate::progress::Progress;
-use crate::qemu::{End, PORTS, Parts, Start, arguments};
+use crate::qemu::{End, PORTS, Parts, Plan, Start, arguments};
 use crate::rundir::RunDir;
 use crate::snapshot::Snapshot;
 use crate::tools::{Tools, run};
@@ -148,9 +148,10 @@ impl Prepared {
         self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
     }
 
-    /// The parts of a machine restored from this snapshot.
-    pub(crate) fn parts(&self, run_dir: &RunDir) -> Parts {
-        parts(&self.materials, &self.dir, &run_dir.console())
+    /// A machine of this snapshot's files.
+    pub(crate) fn plan(&self, snapshot: Snapshot, run_dir: &RunDir, start: Start, end: End) -> Plan {
+        let parts = parts(&self.materials, &self.dir, &run_dir.console());
+        Plan { tools: self.materials.tools.clone(), snapshot, parts, start, end }
     }
 
     /// The file with the machine's memory.
@@ -172,7 +173,7 @@ impl Prepared {
     pub(crate) fn create_disk(&self, base: &Path, base_format: &str) -> Result<(), Error> {
         let mut command = self.materials.tools.command("usr/bin/qemu-img");
         command.args(["create", "-q", "-f", "qcow2", "-F", base_format, "-b"]).arg(base).arg(self.disk());
-        run(&mut command).map(drop)
+        run("qemu-img", &mut command).map(drop)
     }
 }
 
@@ -181,9 +182,8 @@ fn make(snapshot: Snapshot, prepared: &Prepared) -> Result<(), Error> {
     let progress = Progress::start(&format!("Booting a lab machine for the snapshot {snapshot}"), 0);
     prepared.create_disk(&prepared.materials.system.disk(), "raw")?;
     let run_dir = RunDir::of(&format!("build-{snapshot}"))?;
-    let parts = prepared.parts(&run_dir);
-    let tools = &prepared.materials.tools;
-    let machine = Machine::launch(tools, snapshot, run_dir, &parts, Start::Boot, End::WithThread)?;
+    let plan = prepared.plan(snapshot, &run_dir, Start::Boot, End::WithThread);
+    let machine = Machine::launch(run_dir, &plan)?;
     // The answer's connection is not needed, only that it comes.
     drop(machine.await_answer(BOOT_LIMIT)?);
     machine.run(&Command::shell(WARM_UP), Input::Empty)?.check()?;

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -130,7 +130,7 @@ fn add_disk(line: &mut Line, parts: &Parts, start: Start) {
 }
 
 /// An option's value that ends with a path; QEMU wants commas in it doubled.
-fn with_path(option: &str, path: &std::path::Path) -> OsString {
+fn with_path(option: &str, path: &Path) -> OsString {
     let mut value = OsString::from(option);
     value.push(path.to_string_lossy().replace(',', ",,"));
     value
@@ -148,23 +148,32 @@ impl Line {
     }
 }
 
-/// Starts QEMU in a session of its own, with its messages in `log`.
-pub(crate) fn start(
-    tools: &Tools,
-    snapshot: Snapshot,
-    parts: &Parts,
-    start: Start,
-    descriptors: Descriptors,
-    log: &std::path::Path,
-    end: End,
-) -> Result<Child, Error> {
-    let ports: Vec<RawFd> = descriptors.ports.iter().map(AsRawFd::as_raw_fd).collect();
-    let output = File::create(log).map_err(io_error("create", log))?;
-    let mut command = tools.command("usr/bin/qemu-system-x86_64");
-    command.args(arguments(snapshot, parts, start, descriptors.qmp.as_raw_fd(), &ports));
-    command.stdout(output.try_clone().map_err(io_error("open", log))?).stderr(output);
-    prepare_child(&mut command, descriptors, end);
-    command.spawn().map_err(|source| Error::Start { program: "qemu-system-x86_64".to_owned(), source })
+/// A machine to be started.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// Where QEMU is.
+    pub(crate) tools: Tools,
+    /// Which machine.
+    pub(crate) snapshot: Snapshot,
+    /// What it is made of.
+    pub(crate) parts: Parts,
+    /// How it comes to life.
+    pub(crate) start: Start,
+    /// When it ends.
+    pub(crate) end: End,
+}
+
+impl Plan {
+    /// Starts QEMU in a session of its own, with its messages in `log`.
+    pub(crate) fn spawn(&self, descriptors: Descriptors, log: &Path) -> Result<Child, Error> {
+        let ports: Vec<RawFd> = descriptors.ports.iter().map(AsRawFd::as_raw_fd).collect();
+        let output = File::create(log).map_err(io_error("create", log))?;
+        let mut command = self.tools.command("usr/bin/qemu-system-x86_64");
+        command.args(arguments(self.snapshot, &self.parts, self.start, descriptors.qmp.as_raw_fd(), &ports));
+        command.stdout(output.try_clone().map_err(io_error("open", log))?).stderr(output);
+        prepare_child(&mut command, descriptors, self.end);
+        command.spawn().map_err(|source| Error::Start { program: "qemu-system-x86_64".to_owned(), source })
+    }
 }
 
 /// Lets the child keep the descriptors under their numbers; ours are closed with the command.

@@ -59,6 +59,16 @@ impl Setup {
         self.files.is_empty() && self.commands.is_empty()
     }
 
+    /// Removes the machine saved with this setup from the cache, if there is one.
+    ///
+    /// # Errors
+    /// When it cannot be removed, or a file of the setup cannot be read.
+    pub fn forget(&self, snapshot: Snapshot) -> Result<(), Error> {
+        let cache = Cache::open()?;
+        let name = self.key(&prepare(snapshot)?)?.name();
+        cache.retain(KIND, |path| !path.ends_with(&name)).map(drop).map_err(Error::from)
+    }
+
     fn key(&self, base: &Prepared) -> Result<Key, Error> {
         let mut key = Key::new("1").with("base", base.id().as_bytes());
         for (source, target) in &self.files {
@@ -126,13 +136,12 @@ pub(crate) fn prepare_with(snapshot: Snapshot, setup: &Setup) -> Result<Prepared
 fn extend(snapshot: Snapshot, base: &Prepared, setup: &Setup, dir: &Path) -> Result<(), Error> {
     let progress = Progress::start(&format!("Setting up a lab machine from the snapshot {snapshot}"), 0);
     let own = base.at(dir.to_owned());
-    run(process::Command::new("cp").arg("--sparse=always").args([base.memory(), own.memory()]))?;
+    run("cp", process::Command::new("cp").arg("--sparse=always").args([base.memory(), own.memory()]))?;
     own.create_disk(&base.disk(), "qcow2")?;
     // Setups are made one at a time, under the cache's lock; the name is free.
     let run_dir = RunDir::of(&format!("setup-{snapshot}"))?;
-    let parts = own.parts(&run_dir);
-    let tools = &base.materials.tools;
-    let machine = Machine::launch(tools, snapshot, run_dir, &parts, Start::Extend, End::WithThread)?;
+    let plan = own.plan(snapshot, &run_dir, Start::Extend, End::WithThread);
+    let machine = Machine::launch(run_dir, &plan)?;
     machine.receive(&base.state())?;
     setup.apply(&machine)?;
     drop(progress);

@@ -178,9 +178,10 @@ fn the_machines_kvm_is_hardware_virtualization() {
 fn a_setup_is_done_once_and_found_in_each_machine() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");
-    fs::write(&file, format!("{:?}", std::time::SystemTime::now())).unwrap();
+    fs::write(&file, "content").unwrap();
     let count = "echo done >> /root/log; mount -t tmpfs mark /mnt; setsid sleep 4716 < /dev/null > /dev/null 2>&1 &";
     let setup = Setup::new().push(&file, "/root/").run(Command::shell(count));
+    setup.forget(Snapshot::Base).unwrap();
     for turn in 0..2 {
         let name = format!("test-setup{turn}-{}", std::process::id());
         let machine = Machine::restore_with(Snapshot::Base, &setup, &name).unwrap();
@@ -190,6 +191,7 @@ fn a_setup_is_done_once_and_found_in_each_machine() {
         assert!(shell(&machine, "pgrep -f '[s]leep 4716' && mountpoint /mnt").success());
         shell(&machine, "echo more >> /root/log").check().unwrap();
     }
+    setup.forget(Snapshot::Base).unwrap();
     let failing = Machine::restore_with(Snapshot::Base, &setup.run(Command::shell("exit 9")), "test-failing");
     assert!(matches!(failing, Err(Error::Command { code: 9, .. })), "{failing:?}");
 }

@@ -1,14 +1,17 @@
 //! What every case gets: the containerd, the runtime under test and the images.
 
+use std::ffi::OsStr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use crate::containerd::Containerd;
 use crate::ctr::Ctr;
 use crate::kata_config::KataConfig;
 use crate::leftovers::Scope;
+use crate::stack::Stack;
 
 /// The runtime type of this stack.
 pub const KATA: &str = "io.containerd.kata.v2";
@@ -31,43 +34,51 @@ pub struct Images {
 /// What every case gets.
 #[derive(Debug)]
 pub struct Context {
+    /// containerd and the runtime's configuration.
+    pub stack: Stack,
     /// The client, set to the runtime under test.
     pub ctr: Ctr,
     /// What the leftover check looks at.
     pub scope: Scope,
     /// The shim of the runtime under test.
     pub shim: PathBuf,
-    /// The runtime's configuration file.
-    pub config: KataConfig,
     /// The archives that the images were imported from.
     pub images: Images,
     /// A directory for a case's own files; it is empty between cases.
     pub work: PathBuf,
     /// How many times slower than metal the machine is: deadlines are multiplied by it.
     pub slowness: u32,
-    /// Containerd's log, when the suites started it.
-    pub log: Option<PathBuf>,
     next: AtomicU32,
 }
 
 impl Context {
-    /// Puts the parts together.
+    /// Puts the parts together; `search_path` is where containerd finds shims.
     ///
     /// # Errors
     /// When the work directory cannot be made.
     pub fn new(
-        ctr: Ctr,
+        stack: Stack,
+        search_path: &OsStr,
         scope: Scope,
-        config: KataConfig,
         images: Images,
         work: &Path,
         slowness: u32,
-        log: Option<PathBuf>,
     ) -> Result<Self> {
         std::fs::create_dir_all(work).with_context(|| format!("Cannot create {}", work.display()))?;
-        let shim = shim_program(&ctr.runtime);
-        let next = AtomicU32::new(0);
-        Ok(Self { ctr, scope, shim, config, images, work: work.to_owned(), slowness, log, next })
+        let (ctr, shim) = (stack.ctr.clone(), shim_program(&stack.ctr.runtime, search_path));
+        Ok(Self { stack, ctr, scope, shim, images, work: work.to_owned(), slowness, next: AtomicU32::new(0) })
+    }
+
+    /// The runtime's configuration file.
+    #[must_use]
+    pub fn config(&self) -> &KataConfig {
+        &self.stack.config
+    }
+
+    /// Containerd's log, when the suites started it.
+    #[must_use]
+    pub fn log(&self) -> Option<PathBuf> {
+        self.stack.own.as_ref().map(Containerd::log)
     }
 
     /// Whether the runtime under test runs containers in virtual machines.
@@ -102,11 +113,11 @@ impl Context {
 }
 
 /// containerd's rule for a runtime's program: `io.containerd.NAME.VERSION` is `containerd-shim-NAME-VERSION`, found by PATH.
-fn shim_program(runtime: &str) -> PathBuf {
+fn shim_program(runtime: &str, search_path: &OsStr) -> PathBuf {
     let mut parts = runtime.rsplit('.');
     let (version, name) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
     let program = format!("containerd-shim-{name}-{version}");
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    let found = std::env::split_paths(&path).map(|directory| directory.join(&program)).find(|path| path.is_file());
+    let found =
+        std::env::split_paths(search_path).map(|directory| directory.join(&program)).find(|path| path.is_file());
     found.unwrap_or_else(|| program.into())
 }

@@ -98,7 +98,7 @@ impl Ctr {
     /// # Errors
     /// With ctr's text when it fails.
     pub fn import(&self, archive: &Path) -> Result<()> {
-        self.ok(&["image", "import", "--no-unpack", &archive.display().to_string()]).map(drop)
+        self.ok(&["image", "import", &archive.display().to_string()]).map(drop)
     }
 
     /// Lines of `ctr task ls`: id, pid and status.

@@ -91,13 +91,13 @@ static LOG_START: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::n
 const LOG_LINES: usize = 25;
 
 fn mark_log(context: &Context) {
-    let length = context.log.as_ref().and_then(|log| fs::metadata(log).ok()).map_or(0, |data| data.len());
+    let length = context.log().and_then(|log| fs::metadata(log).ok()).map_or(0, |data| data.len());
     LOG_START.store(length, std::sync::atomic::Ordering::Relaxed);
 }
 
 /// What containerd and the shims logged at warning or above, or ended with, during the case.
 fn log_since(context: &Context) -> String {
-    let Some(log) = context.log.as_ref().and_then(|log| fs::read(log).ok()) else { return String::new() };
+    let Some(log) = context.log().and_then(|log| fs::read(log).ok()) else { return String::new() };
     let start = usize::try_from(LOG_START.load(std::sync::atomic::Ordering::Relaxed)).unwrap_or(0).min(log.len());
     let text = String::from_utf8_lossy(&log[start..]);
     let lines: Vec<&str> = text.lines().filter(|line| !line.contains("level=debug")).collect();

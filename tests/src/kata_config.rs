@@ -14,13 +14,46 @@ pub const OVERRIDE: &str = "/etc/kata-containers/configuration.toml";
 #[derive(Debug)]
 pub struct KataConfig {
     path: PathBuf,
+    base: String,
 }
 
 impl KataConfig {
     /// The file at `path`; the runtime must look there before it looks at [`DEFAULT`].
-    #[must_use]
-    pub fn at(path: &Path) -> Self {
-        Self { path: path.to_owned() }
+    ///
+    /// `dist` is the directory that holds the installation instead of `/`.
+    ///
+    /// # Errors
+    /// When the installation's own file is missing or is no TOML.
+    pub fn at(path: &Path, dist: Option<&Path>) -> Result<Self> {
+        let installed = match dist {
+            Some(dist) => dist.join(DEFAULT.trim_start_matches('/')),
+            None => PathBuf::from(DEFAULT),
+        };
+        let text = fs::read_to_string(&installed).with_context(|| format!("Cannot read {}", installed.display()))?;
+        let base = match dist {
+            Some(dist) => relocate(&text, dist)?,
+            None => text,
+        };
+        Ok(Self { path: path.to_owned(), base })
+    }
+
+    /// Writes the unchanged configuration.
+    ///
+    /// # Errors
+    /// When the file cannot be written.
+    pub fn write(&self) -> Result<()> {
+        write(&self.path, &self.base)
+    }
+
+    /// A string value of the unchanged configuration.
+    ///
+    /// # Errors
+    /// When it has no such key.
+    pub fn value(&self, section: &str, key: &str) -> Result<String> {
+        let document: toml::Table = self.base.parse().context("The installed configuration is no TOML")?;
+        let value = document.get("hypervisor").and_then(|table| table.get(section)).and_then(|table| table.get(key));
+        let value = value.and_then(toml::Value::as_str).map(str::to_owned);
+        value.with_context(|| format!("The installed configuration has no hypervisor.{section}.{key}"))
     }
 
     /// Its path.
@@ -34,8 +67,7 @@ impl KataConfig {
     /// # Errors
     /// When the installed file has no such section or the file cannot be written.
     pub fn with(&self, changes: &[(&str, &str)]) -> Result<Changed> {
-        let installed = fs::read_to_string(DEFAULT).with_context(|| format!("Cannot read {DEFAULT}"))?;
-        self.replace(&change(&installed, changes)?)
+        self.replace(&change(&self.base, changes)?)
     }
 
     /// Writes `content` until the answer is dropped.
@@ -44,12 +76,31 @@ impl KataConfig {
     /// When the file cannot be written.
     pub fn replace(&self, content: &str) -> Result<Changed> {
         let before = fs::read(&self.path).ok();
-        if let Some(parent) = self.path.parent() {
-            fs::create_dir_all(parent).with_context(|| format!("Cannot create {}", parent.display()))?;
-        }
-        fs::write(&self.path, content).with_context(|| format!("Cannot write {}", self.path.display()))?;
+        write(&self.path, content)?;
         Ok(Changed { path: self.path.clone(), before })
     }
+}
+
+fn write(path: &Path, content: &str) -> Result<()> {
+    if let Some(parent) = path.parent() {
+        fs::create_dir_all(parent).with_context(|| format!("Cannot create {}", parent.display()))?;
+    }
+    fs::write(path, content).with_context(|| format!("Cannot write {}", path.display()))
+}
+
+/// The configuration of an installation below `dist`.
+fn relocate(text: &str, dist: &Path) -> Result<String> {
+    let document: toml::Table = text.parse().context("The configuration is no TOML")?;
+    let table = document.get("hypervisor").and_then(|table| table.get("dragonball"));
+    let mut changes = Vec::new();
+    for key in ["kernel", "image"] {
+        let path = table.and_then(|table| table.get(key)).and_then(toml::Value::as_str);
+        let path = path.with_context(|| format!("The configuration has no hypervisor.dragonball.{key}"))?;
+        let moved = dist.join(path.trim_start_matches('/')).display().to_string();
+        changes.push((format!("hypervisor.dragonball.{key}"), toml::Value::String(moved).to_string()));
+    }
+    let changes: Vec<(&str, &str)> = changes.iter().map(|(name, value)| (name.as_str(), value.as_str())).collect();
+    change(text, &changes)
 }
 
 /// Sets `section.key` to a TOML value for each of `changes`.
@@ -110,10 +161,19 @@ mod tests {
     }
 
     #[test]
+    fn an_installation_elsewhere_is_found_there() {
+        let text = "[hypervisor.dragonball]\nkernel = \"/usr/k\"\nimage = \"/usr/i\"\ndefault_memory = 256\n";
+        let moved: toml::Table = relocate(text, Path::new("/dist")).unwrap().parse().unwrap();
+        assert_eq!(moved["hypervisor"]["dragonball"]["kernel"].as_str(), Some("/dist/usr/k"));
+        assert_eq!(moved["hypervisor"]["dragonball"]["image"].as_str(), Some("/dist/usr/i"));
+        assert_eq!(moved["hypervisor"]["dragonball"]["default_memory"].as_integer(), Some(256));
+    }
+
+    #[test]
     fn the_file_is_as_before_when_the_case_has_ended() {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("etc/configuration.toml");
-        let config = KataConfig::at(&path);
+        let config = KataConfig { path: path.clone(), base: String::new() };
         let outer = config.replace("a = 1\n").unwrap();
         let inner = config.replace("a = 2\n").unwrap();
         assert_eq!(fs::read_to_string(&path).unwrap(), "a = 2\n");

@@ -17,3 +17,4 @@ pub mod observe;
 pub mod pidfd;
 pub mod process;
 pub mod pty;
+pub mod stack;

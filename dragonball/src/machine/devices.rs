@@ -16,6 +16,7 @@ use crate::memory::AddressSpace;
 use crate::memory::layout::{HighMemory, PCI_32};
 use crate::pci::bus::PciBus;
 use crate::platform::uart::Uart;
+use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::Fs;
@@ -43,6 +44,9 @@ impl Devices {
     pub(super) fn add_all(&mut self, config: &MachineConfig, shared: &Shared) -> Result<(), StartError> {
         for pmem in &config.pmem {
             self.add_pmem(pmem)?;
+        }
+        for disk in &config.disks {
+            self.add("blk", Box::new(Blk::open(&disk.path, disk.read_only).map_err(refused("blk"))?))?;
         }
         for fs in &config.fs {
             self.add("fs", Box::new(Fs::new(&fs.tag, &fs.directory).map_err(refused("fs"))?))?;

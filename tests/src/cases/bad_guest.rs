@@ -34,7 +34,7 @@ fn reported(context: &Context, program: GuestProgram, changes: &[(&str, &str)], 
     let image = toml::Value::String(image.display().to_string()).to_string();
     let mut all = vec![("hypervisor.dragonball.image", image.as_str())];
     all.extend(changes);
-    let changed = context.config.with(&all)?;
+    let changed = context.config().with(&all)?;
     let id = context.id("guest");
     let command = context.ctr.run_command(&["--rm"], BUSYBOX, &id, &["true"]);
     let finished = run(command, b"", Deadline::after(context.within(15)))?;

@@ -217,7 +217,7 @@ pub(super) fn start_command(context: &Context, bundle: &std::path::Path, id: &st
         .args(["-publish-binary", "containerd", "start"])
         .env("TTRPC_ADDRESS", format!("{}.ttrpc", context.ctr.address.display()))
         .env("GRPC_ADDRESS", &context.ctr.address)
-        .env("KATA_CONF_FILE", context.config.path())
+        .env("KATA_CONF_FILE", context.config().path())
         .env("NAMESPACE", &context.ctr.namespace)
         .current_dir(bundle);
     command

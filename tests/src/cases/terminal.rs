@@ -13,9 +13,9 @@ pub(super) const CASES: &[Case] = &[
     Case::any("terminal: exec -t gives a terminal of its own that resizes", exec_resizes),
 ];
 
-/// Says the size at every change, and ends when a line is typed; a signal interrupts `read`.
-const TELL_SIZE: &str = "test -t 0 && test -t 1 && test -t 2 && echo on a terminal; \
-                         trap 'stty size' WINCH; echo ready; until read -r line; do :; done; exit 6";
+/// Says the size at every change, answers every line, and ends at the line "end"; a signal interrupts `read`.
+const TELL_SIZE: &str = "test -t 0 && test -t 1 && test -t 2 && echo on a terminal; trap 'stty size' WINCH; echo ready; \
+                         until read -r line && test \"$line\" = end; do echo \"heard <$line>\"; done; exit 6";
 
 fn resizes(context: &Context) -> Result<()> {
     let id = context.id("tty");
@@ -27,9 +27,14 @@ fn tells_sizes(context: &Context, mut terminal: OnTerminal) -> Result<()> {
     let deadline = context.ctr.deadline();
     let shown = terminal.expect("ready", deadline)?;
     ensure!(shown.contains("on a terminal"), "shown: {shown:?}");
+    // ctr listens for changes a little after it has started the program: let it.
+    for line in ["one", "two"] {
+        terminal.type_text(&format!("{line}\n"))?;
+        terminal.expect(&format!("heard <{line}>"), deadline)?;
+    }
     terminal.resize(132, 43)?;
     terminal.expect("43 132", deadline)?;
-    terminal.type_text("\n")?;
+    terminal.type_text("end\n")?;
     let (code, shown) = terminal.finish(deadline)?;
     ensure!(code == 6, "exit code {code}, shown: {shown:?}");
     Ok(())
