@@ -11,7 +11,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::container::{Container, ContainerStatus, State};
 use libcontainer::hooks::run_hooks;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -133,13 +133,16 @@ fn exec(id: String, process_file: &Path, stdio: Stdio) -> Result<Started, Error>
 }
 
 fn hooks(id: &str, stage: Stage) -> Result<(), Error> {
-    let container = Container::load(state_root().join(id))?;
+    let root = state_root().join(id);
+    // Not `Container::load`, which looks the process up in /proc and fails when it ends at that moment.
+    let mut container = Container { state: State::load(&root)?, root };
     let config = container.spec()?;
     let Some(all) = config.hooks.as_ref() else { return Ok(()) };
-    let hooks = match stage {
-        Stage::Poststart => all.poststart(),
-        Stage::Poststop => all.poststop(),
+    let (hooks, status) = match stage {
+        Stage::Poststart => (all.poststart(), ContainerStatus::Running),
+        Stage::Poststop => (all.poststop(), ContainerStatus::Stopped),
     };
+    container.set_status(status);
     Ok(run_hooks(hooks.as_ref(), Some(&container.state), None, None, None)?)
 }
 

@@ -12,6 +12,8 @@ use crate::site::{Clock, Site};
 
 /// KiB in a MiB.
 const KIB_PER_MIB: f64 = 1024.0;
+/// KiB in a MB.
+const KIB_PER_MB: f64 = 1e6 / 1024.0;
 /// The emulated CPU's time stamp counter under the virtual clock, in cycles per millisecond.
 const CYCLES_PER_MS: f64 = 1e6;
 
@@ -145,26 +147,34 @@ fn memory(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
     let rounds = inputs.rounds.to_string();
     let samples =
         site.measure(&["memory", "--kernel", &base, "--initrd", &initrd, "--image", &image, "--rounds", &rounds])?;
-    let quantities = [
-        ("Monitor's memory without guest RAM", "rss", "RSS, one VM", Some(4.0)),
-        ("Monitor's memory without guest RAM", "pss", "PSS each at 10 VMs", Some(0.7)),
-        ("Guest RAM touched", "guest", "128 MiB, bare init", None),
-    ];
-    for (group, suffix, what, goal) in quantities {
-        let own = sample(&samples, &format!("dragonball {suffix}"), KIB_PER_MIB)?;
-        let peer = sample(&samples, &format!("QEMU microvm {suffix}"), KIB_PER_MIB)?;
-        let peer_name = format!("QEMU microvm: {what}");
-        let figure = Figure::new(group, format!("dragonball: {what}"), "MiB", &own).against(&peer_name, &own, &peer);
-        report.figures.push(match goal {
-            Some(limit) => figure.with_goal(Goal::AtMost(limit)),
-            None => figure,
-        });
-        report.figures.push(Figure::new(group, peer_name, "MiB", &peer));
+    let group = "Monitor's memory without guest RAM";
+    for (suffix, what, limit) in [("rss", "RSS, one VM", 4.0), ("pss", "PSS each at 10 VMs", 0.7)] {
+        let [own, peer] = pair(&samples, group, suffix, what, ("MiB", KIB_PER_MIB))?;
+        report.figures.extend([own.with_goal(Goal::AtMost(limit)), peer]);
     }
-    let agent = sample(&samples, "agent guest", KIB_PER_MIB)?;
-    let figure = Figure::new("Guest RAM touched", "dragonball: 128 MiB, agent ready", "MiB", &agent);
-    report.figures.push(figure.with_goal(Goal::AtMost(22.0)));
+    let group = "Guest RAM touched";
+    let megabytes = ("MB", KIB_PER_MB);
+    report.figures.extend(pair(&samples, group, "guest", "bare init, 128 MiB", megabytes)?);
+    let agent =
+        Figure::new(group, "dragonball: agent ready, 128 MiB", "MB", &sample(&samples, "agent guest", KIB_PER_MB)?);
+    report.figures.push(agent.with_goal(Goal::AtMost(22.0)));
     Ok(())
+}
+
+/// The figures of one quantity of both monitors.
+fn pair(
+    samples: &Samples,
+    group: &'static str,
+    suffix: &str,
+    what: &str,
+    (unit, divisor): (&'static str, f64),
+) -> Result<[Figure; 2]> {
+    let [own, peer] =
+        [Vmm::Dragonball, Vmm::Microvm].map(|vmm| sample(samples, &format!("{} {suffix}", vmm.name()), divisor));
+    let (own, peer) = (own?, peer?);
+    let [own_name, peer_name] = [Vmm::Dragonball, Vmm::Microvm].map(|vmm| format!("{}: {what}", vmm.name()));
+    let figure = Figure::new(group, own_name, unit, &own).against(&peer_name, &own, &peer);
+    Ok([figure, Figure::new(group, peer_name, unit, &peer)])
 }
 
 fn containers(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -> Result<()> {
@@ -182,8 +192,8 @@ fn containers(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -
         let pss = sample(&samples, "pod pss", KIB_PER_MIB)?;
         let figure = Figure::new("Pods", "pod process without guest RAM: PSS each at 10 pods", "MiB", &pss);
         report.figures.push(figure.with_goal(Goal::AtMost(2.5)));
-        let guest = sample(&samples, "pod guest", KIB_PER_MIB)?;
-        report.figures.push(Figure::new("Pods", "guest RAM touched by an idle pod, 10 pods", "MiB", &guest));
+        let guest = sample(&samples, "pod guest", KIB_PER_MB)?;
+        report.figures.push(Figure::new("Pods", "guest RAM touched by an idle pod, 10 pods", "MB", &guest));
         report.notes.push(causes(&samples, &kernel(&inputs.dist))?);
     }
     Ok(())

@@ -145,6 +145,7 @@ fn take_samples(measure: Measure) -> Result<()> {
             samples.extend(boot::measure(&contenders, &initrd, rounds)?);
         }
         Measure::Memory { kernel, initrd, image, rounds } => {
+            memory::without_huge_pages()?;
             for vmm in [Vmm::Dragonball, Vmm::Microvm] {
                 samples.extend(memory::measure(vmm, &kernel, &initrd, rounds)?);
             }
@@ -153,6 +154,7 @@ fn take_samples(measure: Measure) -> Result<()> {
         Measure::Containers { archive, rounds } => {
             let image = containers::import(&archive)?;
             samples.extend(containers::measure_run(&image, rounds)?);
+            memory::without_huge_pages()?;
             samples.extend(containers::measure_meminfo(&image)?);
             samples.extend(containers::measure_pods(&image)?);
         }

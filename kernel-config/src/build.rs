@@ -183,10 +183,15 @@ impl Builder<'_> {
             .with("compiler", compiler.as_bytes())
             .with("linker", linker.as_bytes());
         let build = Build { builder: self, profile, requests, source, compiler, progress };
-        let directory = self.cache.get_or_build("kernel", &key, |result| build.run(result))?;
+        let directory = self.cache.get_or_build(&kind(profile), &key, |result| build.run(result))?;
         let manifest = read_manifest(&directory)?;
         Ok(Kernel { directory, manifest })
     }
+}
+
+/// Where the cache keeps a profile's kernels: builds of different profiles do not wait for each other.
+fn kind(profile: Profile) -> String {
+    format!("kernel-{}", profile.name())
 }
 
 struct Build<'a> {
@@ -210,7 +215,7 @@ impl Build<'_> {
             }
         };
         fs::create_dir_all(objects).map_err(Error::io("create", objects))?;
-        let log = root.join(format!("kernel/{}.log", self.profile.name()));
+        let log = root.join(kind(self.profile)).join("build.log");
         fs::write(&log, "").map_err(Error::io("write the build log", &log))?;
         let kbuild = Kbuild { source: &self.source.tree, objects, jobs: self.builder.jobs, log };
         self.configure(&kbuild)?;

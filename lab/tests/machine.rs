@@ -7,7 +7,7 @@ use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
 
-use lab::{Command, Error, Event, Input, Machine, Snapshot, Status};
+use lab::{Command, Error, Event, Input, Machine, Setup, Snapshot, Status};
 use sha2::{Digest, Sha256};
 
 /// Bytes that no compression shortens, the same in each run.
@@ -175,10 +175,34 @@ fn the_machines_kvm_is_hardware_virtualization() {
 }
 
 #[test]
+fn a_setup_is_done_once_and_found_in_each_machine() {
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("file");
+    fs::write(&file, "content").unwrap();
+    let count = "echo done >> /root/log; mount -t tmpfs mark /mnt; setsid sleep 4716 < /dev/null > /dev/null 2>&1 &";
+    let setup = Setup::new().push(&file, "/root/").run(Command::shell(count));
+    setup.forget(Snapshot::Base).unwrap();
+    for turn in 0..2 {
+        let name = format!("test-setup{turn}-{}", std::process::id());
+        let machine = Machine::restore_with(Snapshot::Base, &setup, &name).unwrap();
+        assert_eq!(shell(&machine, "cat /root/log").text(), "done\n");
+        assert_eq!(shell(&machine, "cat /root/file").stdout, fs::read(&file).unwrap());
+        // Not only files: mounts and processes are in it too.
+        assert!(shell(&machine, "pgrep -f '[s]leep 4716' && mountpoint /mnt").success());
+        shell(&machine, "echo more >> /root/log").check().unwrap();
+    }
+    setup.forget(Snapshot::Base).unwrap();
+    let failing = Machine::restore_with(Snapshot::Base, &setup.run(Command::shell("exit 9")), "test-failing");
+    assert!(matches!(failing, Err(Error::Command { code: 9, .. })), "{failing:?}");
+}
+
+#[test]
 fn a_paused_machine_says_so() {
     let machine = machine("paused");
     machine.pause().unwrap();
-    assert!(!machine.running().unwrap());
+    assert!(!machine.running());
+    let refused = machine.run(&Command::new("true"), Input::Empty);
+    assert!(matches!(refused, Err(Error::Paused(_))), "{refused:?}");
     machine.resume().unwrap();
     assert!(shell(&machine, "true").success());
 }

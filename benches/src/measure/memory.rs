@@ -23,6 +23,15 @@ const AGENT_PORT: u32 = 1024;
 const AGENT_COMMAND_LINE: &str =
     "quiet loglevel=0 panic=-1 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/kata-agent";
 
+/// Lets guest memory be counted in pages that a guest touched, not in huge pages around them.
+///
+/// # Errors
+/// When the setting cannot be written.
+pub fn without_huge_pages() -> Result<()> {
+    const SETTING: &str = "/sys/kernel/mm/transparent_hugepage/enabled";
+    fs::write(SETTING, "never").with_context(|| format!("Cannot write {SETTING}"))
+}
+
 /// Memory of `vmm`'s processes, in KiB: samples `NAME rss` (one VM alone, guest memory left out), `NAME pss`
 /// (each of [`CROWD`] VMs, likewise) and `NAME guest` (guest memory touched by kernel and `/init`).
 ///
