@@ -30,6 +30,12 @@ impl Cgroup {
         Self { directory: Path::new(CGROUP_ROOT).join(container) }
     }
 
+    /// A directory that stands for a cgroup.
+    #[cfg(test)]
+    pub(crate) fn at(directory: &Path) -> Self {
+        Self { directory: directory.to_owned() }
+    }
+
     /// Its path as the OCI specification writes it: below the hierarchy's root.
     pub(crate) fn oci_path(container: &str) -> PathBuf {
         Path::new("/").join(container)

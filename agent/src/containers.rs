@@ -243,8 +243,11 @@ impl Guest {
 
     async fn delete_container(&self, container: &Rc<Container>) -> Result<(u32, Exit)> {
         match container.init.phase() {
-            Phase::Stopped(_) | Phase::Created if !container.deleting.replace(true) => {}
+            Phase::Stopped(_) | Phase::Created => {}
             phase => return Err(undeletable(phase)),
+        }
+        if container.deleting.replace(true) {
+            return Err(undeletable(Phase::Changing));
         }
         let ended = container.init.wait();
         if container.init.phase() == Phase::Created {

@@ -74,3 +74,59 @@ pub(crate) fn watch_memory(guest: &Rc<Guest>, container: &str, cgroup: &Cgroup) 
     });
     Some(task.abort_handle())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::reaper::Reaper;
+    use crate::timeline::Timeline;
+    use crate::transport::Endpoint;
+    use tokio::task::LocalSet;
+
+    /// In a local set, with a guest and a directory that stands for a cgroup.
+    async fn with_guest(test: impl AsyncFnOnce(Rc<Guest>, &std::path::Path)) {
+        let directory = tempfile::tempdir().expect("a directory");
+        let guest = Guest::new(Endpoint::default(), Rc::new(Reaper::default()), Timeline::default());
+        LocalSet::new().run_until(test(guest, directory.path())).await;
+    }
+
+    #[tokio::test]
+    async fn each_kill_for_lack_of_memory_is_one_event() {
+        with_guest(async |guest, directory| {
+            let file = directory.join("memory.events");
+            let write = |oom, kills| fs::write(&file, format!("low 0\noom {oom}\noom_kill {kills}\n"));
+            write(0, 0).expect("a file");
+            let watch = watch_memory(&guest, "c1", &Cgroup::at(directory)).expect("a watch");
+            tokio::task::yield_now().await;
+            // Memory was short, but nobody died of it: no event. Then somebody did.
+            write(1, 0).expect("a file");
+            tokio::task::yield_now().await;
+            write(1, 1).expect("a file");
+            let event = guest.events.next().await;
+            assert_eq!(event.out_of_memory().container_id, "c1");
+            assert!(guest.events.queue.borrow().is_empty());
+            watch.abort();
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_waiter_that_gives_up_takes_no_event_with_it() {
+        with_guest(async |guest, _| {
+            let waiter = tokio::time::timeout(std::time::Duration::ZERO, guest.events.next());
+            assert!(waiter.await.is_err(), "there is no event yet");
+            guest.events.push(Event::default());
+            guest.events.next().await;
+        })
+        .await;
+    }
+
+    #[tokio::test]
+    async fn a_host_that_never_asks_costs_a_bounded_number_of_events() {
+        with_guest(async |guest, _| {
+            (0..2 * LIMIT).for_each(|_| guest.events.push(Event::default()));
+            assert_eq!(guest.events.queue.borrow().len(), LIMIT);
+        })
+        .await;
+    }
+}

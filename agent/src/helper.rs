@@ -11,7 +11,7 @@ use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::path::{Path, PathBuf};
 
 use libcontainer::container::builder::ContainerBuilder;
-use libcontainer::container::{Container, ContainerStatus};
+use libcontainer::container::{Container, ContainerStatus, State};
 use libcontainer::hooks::run_hooks;
 use libcontainer::syscall::syscall::SyscallType;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
@@ -19,6 +19,9 @@ use oci_spec::runtime::{Process, Spec};
 use serde::{Deserialize, Serialize};
 
 use executor::ContainerExecutor;
+
+use crate::cgroup::Cgroup;
+use crate::devices;
 
 /// First argument that makes this binary the helper.
 pub(crate) const ARGUMENT: &str = "helper";
@@ -99,12 +102,16 @@ fn serve(request: Request) -> Result<Reply, Error> {
 
 fn create(id: String, bundle: &Path, rootfs: Option<PathBuf>, stdio: Stdio) -> Result<Started, Error> {
     let mut spec = Spec::load(bundle.join("spec.json"))?;
-    spec::adapt(&mut spec, &id, rootfs)?;
+    spec::adapt(&mut spec, &id, rootfs, stdio.console.is_some())?;
     spec.save(bundle.join("config.json"))?;
     let uid = spec::host_uid(&spec);
+    let devices = spec::device_rules(&spec);
     let hooks = spec::hook_stages(&spec);
-    let builder = builder(id, stdio, uid, ContainerExecutor::for_init())?;
-    let container = builder.as_init(bundle).with_systemd(false).build()?;
+    let cgroup = Cgroup::of(&id);
+    let container =
+        builder(id, stdio, uid, ContainerExecutor::for_init())?.as_init(bundle).with_systemd(false).build()?;
+    // The container's own devices exist by now and its program does not run yet.
+    devices::restrict(&cgroup, &devices)?;
     let pid = container.pid().ok_or("the container has no process")?.as_raw();
     Ok(Started { pid, uid, hooks })
 }
@@ -117,7 +124,7 @@ fn exec(id: String, process_file: &Path, stdio: Stdio) -> Result<Started, Error>
     let init = container.pid().ok_or("the container has no process")?;
     let mut process: Process = serde_json::from_slice(&std::fs::read(process_file)?)?;
     let executor = ContainerExecutor::for_exec(&spec, &mut process);
-    spec::adapt_process(&mut process, &PathBuf::from(format!("/proc/{init}/root")));
+    spec::adapt_process(&mut process, &PathBuf::from(format!("/proc/{init}/root")), stdio.console.is_some());
     let uid = spec::map_uid(&spec, process.user().uid());
     std::fs::write(process_file, serde_json::to_vec(&process)?)?;
     let pid =
@@ -126,13 +133,16 @@ fn exec(id: String, process_file: &Path, stdio: Stdio) -> Result<Started, Error>
 }
 
 fn hooks(id: &str, stage: Stage) -> Result<(), Error> {
-    let container = Container::load(state_root().join(id))?;
+    let root = state_root().join(id);
+    // Not `Container::load`, which looks the process up in /proc and fails when it ends at that moment.
+    let mut container = Container { state: State::load(&root)?, root };
     let config = container.spec()?;
     let Some(all) = config.hooks.as_ref() else { return Ok(()) };
-    let hooks = match stage {
-        Stage::Poststart => all.poststart(),
-        Stage::Poststop => all.poststop(),
+    let (hooks, status) = match stage {
+        Stage::Poststart => (all.poststart(), ContainerStatus::Running),
+        Stage::Poststop => (all.poststop(), ContainerStatus::Stopped),
     };
+    container.set_status(status);
     Ok(run_hooks(hooks.as_ref(), Some(&container.state), None, None, None)?)
 }
 

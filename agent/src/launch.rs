@@ -99,11 +99,12 @@ impl Guest {
     ) -> Result<Reply> {
         let (pid, answer) = spawn_helper(request).map_err(Error::io("cannot start the helper"))?;
         drop(ends);
-        let ended = self.reaper.claim(pid);
+        let mut ended = self.reaper.claim(pid);
         let Ok(line) = tokio::time::timeout(HELPER_DEADLINE, read_line(&answer)).await else {
-            // The helper is not reaped before this thread awaits, so the pid is still its own.
-            let _ = sys::kill(pid, libc::SIGKILL);
-            let _ = ended.await;
+            // Only what is not reaped yet still owns its pid.
+            if ended.try_recv().is_err() {
+                let _ = sys::kill(pid, libc::SIGKILL);
+            }
             let what = format!("the helper that should {operation}");
             return Err(Error::Deadline { what, seconds: HELPER_DEADLINE.as_secs() });
         };

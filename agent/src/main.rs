@@ -6,6 +6,7 @@
 mod boot;
 mod cgroup;
 mod containers;
+mod devices;
 mod error;
 mod events;
 mod guest;

@@ -36,15 +36,14 @@ impl Mounts {
         storages.iter().try_for_each(|s| self.add(&s.fstype, &s.source, Path::new(&s.target), &s.options))
     }
 
-    /// Mounts the layers of a root file system at `target`; a mount's own target is relative to it.
-    pub(crate) fn add_rootfs(&mut self, mounts: &[Mount], target: &Path) -> Result<()> {
+    /// Mounts the layers of a root file system at `rootfs`. A mount's own target is a place below it: as containerd
+    /// writes it, relative to the root file system, or whole.
+    pub(crate) fn add_rootfs(&mut self, mounts: &[Mount], rootfs: &Path) -> Result<()> {
         if mounts.len() > LIMIT {
             return Err(Error::invalid(format!("{} rootfs mounts: the limit is {LIMIT}", mounts.len())));
         }
         for mount in mounts {
-            let below = mount.target.trim_start_matches('/');
-            let target = if below.is_empty() { target.to_owned() } else { target.join(below) };
-            self.add(&mount.type_, &mount.source, &target, &mount.options)?;
+            self.add(&mount.type_, &mount.source, &rootfs_target(&mount.target, rootfs), &mount.options)?;
         }
         Ok(())
     }
@@ -74,6 +73,16 @@ impl Mounts {
             }
         }
         failures
+    }
+}
+
+fn rootfs_target(target: &str, rootfs: &Path) -> PathBuf {
+    if Path::new(target).starts_with(rootfs) {
+        return PathBuf::from(target);
+    }
+    match target.trim_start_matches('/') {
+        "" => rootfs.to_owned(),
+        below => rootfs.join(below),
     }
 }
 
@@ -195,6 +204,22 @@ mod tests {
         assert_eq!(parsed(&["rbind"]), expect(MsFlags::MS_BIND | MsFlags::MS_REC, ""));
         assert_eq!(parsed(&["defaults", ""]), expect(MsFlags::empty(), ""));
         assert_eq!(parsed(&["x".repeat(5000).as_str()]), None, "longer than the kernel takes");
+    }
+
+    #[test]
+    fn rootfs_mounts_go_to_the_rootfs_or_below_it() {
+        let rootfs = Path::new("/run/kata-containers/bundles/a/rootfs");
+        let cases = [
+            ("", "/run/kata-containers/bundles/a/rootfs"),
+            ("/", "/run/kata-containers/bundles/a/rootfs"),
+            ("/run/kata-containers/bundles/a/rootfs", "/run/kata-containers/bundles/a/rootfs"),
+            ("/run/kata-containers/bundles/a/rootfs/x", "/run/kata-containers/bundles/a/rootfs/x"),
+            ("/var/lib", "/run/kata-containers/bundles/a/rootfs/var/lib"),
+            ("var/lib", "/run/kata-containers/bundles/a/rootfs/var/lib"),
+        ];
+        for (target, expected) in cases {
+            assert_eq!(rootfs_target(target, rootfs), Path::new(expected), "{target:?}");
+        }
     }
 
     #[test]

@@ -36,13 +36,20 @@ pub(crate) fn kill(pid: i32, signal: i32) -> Result<(), Errno> {
 /// Puts every signal back to its default action and unblocks all, for a program that is about to be executed: Rust's
 /// runtime ignores SIGPIPE, and ignored signals survive execve(2).
 pub(crate) fn reset_signals() {
+    /// The kernel's own structure and set size (linux/signal_types.h), all zero: SIG_DFL, no flags, nothing blocked.
+    const DEFAULT: [u64; 4] = [0; 4];
+    const SET_SIZE: usize = 8;
     for signal in 1..=libc::SIGRTMAX() {
-        // SAFETY: SIG_DFL installs no code. Signals that refuse it (KILL, STOP) have it anyway.
-        unsafe { libc::signal(signal, libc::SIG_DFL) };
+        // Not through the C library, which keeps two real-time signals for itself and refuses to touch them. Signals
+        // that the kernel refuses (KILL, STOP) have their default anyway.
+        // SAFETY: the kernel reads 32 bytes of `DEFAULT` and writes nothing; SIG_DFL installs no code.
+        unsafe { libc::syscall(libc::SYS_rt_sigaction, signal, DEFAULT.as_ptr(), std::ptr::null::<u64>(), SET_SIZE) };
     }
-    let none = nix::sys::signal::SigSet::empty();
-    // Fails only for a wrong `how`.
-    let _ = nix::sys::signal::sigprocmask(nix::sys::signal::SigmaskHow::SIG_SETMASK, Some(&none), None);
+    // SAFETY: the kernel reads 8 bytes of `DEFAULT` and writes nothing. It can fail only for a wrong argument.
+    unsafe {
+        let how = libc::SIG_SETMASK;
+        libc::syscall(libc::SYS_rt_sigprocmask, how, DEFAULT.as_ptr(), std::ptr::null::<u64>(), SET_SIZE);
+    }
 }
 
 /// Has the event loop watch a descriptor, which must not block.

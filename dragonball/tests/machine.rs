@@ -23,7 +23,13 @@ fn every_end_is_reported_as_what_it_was() {
         (Code::new().out_byte(0x602, 1).forever(), ExitReason::Reset),
         (Code::new().out_byte(0x505, 1).forever(), ExitReason::Panic),
         // A fault without any descriptor table: lidt [zeroes]; mov eax, 0x38; mov ds, eax.
-        (Code::new().raw(&[0x0f, 0x01, 0x1d]).raw(&0x30_0000_u32.to_le_bytes()).raw(&[0xb8, 0x38, 0, 0, 0, 0x8e, 0xd8]), ExitReason::TripleFault),
+        (
+            Code::new()
+                .raw(&[0x0f, 0x01, 0x1d])
+                .raw(&0x30_0000_u32.to_le_bytes())
+                .raw(&[0xb8, 0x38, 0, 0, 0, 0x8e, 0xd8]),
+            ExitReason::TripleFault,
+        ),
     ];
     for (code, expected) in cases {
         assert_eq!(run(&code).reason, expected);

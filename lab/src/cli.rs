@@ -9,13 +9,15 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
-use lab::{Command, Event, Input, Machine, Process, Snapshot, Status};
+use lab::{Command, Event, Input, Machine, Process, Setup, Snapshot, Status};
 use serde_json::json;
 
 /// Exit status of the lab's own failures; lower ones are those of the command that ran.
 pub(crate) const FAILURE: u8 = 125;
 const NOT_EXECUTABLE: u8 = 126;
 const NOT_FOUND: u8 = 127;
+/// 128 + SIGPIPE.
+const BROKEN_PIPE: u8 = 141;
 
 /// A nested test machine for hosts without hardware virtualization.
 ///
@@ -35,12 +37,20 @@ pub(crate) struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Subcommands {
+    /// Say whether this host's KVM is hardware virtualization, and why; exit status 1 when it is not
+    Probe {
+        /// As JSON; exit status 0 whatever was found
+        #[arg(long)]
+        json: bool,
+    },
     /// Fetch packages and make disk, kernel and initrd of the lab machine
     Build {
         /// Take the newest packages instead of those of the last build
         #[arg(long)]
         update: bool,
     },
+    /// Remove from the cache what machines of today are not made of
+    Prune,
     /// Make snapshots, unless they are there (`up` does it when needed)
     Snapshot {
         /// Which: base, containerd-2.1, icount; all when none is named
@@ -54,6 +64,12 @@ enum Subcommands {
         /// Which kind of machine: base (containerd 1.7), containerd-2.1, or icount (time counts instructions)
         #[arg(long, default_value = "base")]
         snapshot: Snapshot,
+        /// Copy this into the machine, which is then kept as it is: the next start with the same is fast
+        #[arg(long = "with", value_name = "SOURCE:TARGET")]
+        files: Vec<String>,
+        /// Run this script in the machine (after --with), which is then kept as it is
+        #[arg(long = "setup", value_name = "SCRIPT")]
+        scripts: Vec<String>,
     },
     /// Run a command in a machine; its exit status becomes this one's
     Run(Run),
@@ -138,14 +154,18 @@ struct Run {
 /// Does what the command line asks; answers the exit status.
 pub(crate) fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
     match arguments.command {
+        Subcommands::Probe { json } => return probe(json),
         Subcommands::Build { update } => lab::build(update)?,
+        Subcommands::Prune => lab::prune()?.iter().for_each(|path| println!("Removed {}", path.display())),
         Subcommands::Snapshot { names } => {
             let all = Snapshot::ALL.to_vec();
             for snapshot in if names.is_empty() { all } else { names } {
                 lab::make(snapshot)?;
             }
         }
-        Subcommands::Up { name, snapshot } => drop(Machine::restore_kept(snapshot, &name)?),
+        Subcommands::Up { name, snapshot, files, scripts } => {
+            drop(Machine::restore_kept(snapshot, &setup(&files, scripts)?, &name)?);
+        }
         Subcommands::Run(run) => return run_command(run),
         Subcommands::Shell { name } => {
             let command = vec!["bash".to_owned(), "-l".to_owned()];
@@ -156,21 +176,41 @@ pub(crate) fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
         Subcommands::Pull { name, source, target } => Machine::attach(&name)?.pull(&source, &target)?,
         Subcommands::List { json } => list(json)?,
         Subcommands::Log { name } => log(&name)?,
-        Subcommands::Stop { names } => each(&names, |machine| machine.pause())?,
-        Subcommands::Start { names } => each(&names, |machine| machine.resume())?,
+        Subcommands::Stop { names } => each(&names, |name| Machine::attach(name)?.pause())?,
+        Subcommands::Start { names } => each(&names, |name| Machine::attach(name)?.resume())?,
         Subcommands::Down { names, all } => {
-            let names = if all { Machine::list()?.into_iter().map(|(name, _)| name).collect() } else { names };
-            each(&names, Machine::end)?;
+            each(&if all { Machine::names()? } else { names }, Machine::end_named)?;
         }
     }
     Ok(ExitCode::SUCCESS)
 }
 
+fn probe(as_json: bool) -> anyhow::Result<ExitCode> {
+    let probe = lab::probe::probe();
+    if as_json {
+        println!("{}", serde_json::to_string_pretty(&probe)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    println!("{probe}");
+    Ok(ExitCode::from(u8::from(!probe.hardware)))
+}
+
+fn setup(files: &[String], scripts: Vec<String>) -> anyhow::Result<Setup> {
+    let mut setup = Setup::new();
+    for file in files {
+        let Some((source, target)) = file.rsplit_once(':') else {
+            bail!("--with {file:?} has no ':'; give SOURCE:TARGET");
+        };
+        setup = setup.push(source, target);
+    }
+    Ok(scripts.into_iter().fold(setup, |setup, script| setup.run(Command::shell(script))))
+}
+
 /// Does something to each machine, to the last one even if one fails.
-fn each<T>(names: &[String], mut action: impl FnMut(Machine) -> Result<T, lab::Error>) -> anyhow::Result<()> {
+fn each(names: &[String], mut action: impl FnMut(&str) -> Result<(), lab::Error>) -> anyhow::Result<()> {
     let mut failures = 0;
     for name in names {
-        if let Err(error) = Machine::attach(name).and_then(&mut action) {
+        if let Err(error) = action(name) {
             eprintln!("lab: {:#}", anyhow::Error::from(error));
             failures += 1;
         }
@@ -185,7 +225,7 @@ fn list(as_json: bool) -> anyhow::Result<()> {
     let mut rows = Vec::new();
     for (name, description) in Machine::list()? {
         // One that ends just now is listed without a state.
-        let running = Machine::attach(&name).and_then(|machine| machine.running()).ok();
+        let running = Machine::attach(&name).map(|machine| machine.running()).ok();
         rows.push((name, description, running));
     }
     let mut out = io::stdout().lock();
@@ -207,7 +247,7 @@ fn list(as_json: bool) -> anyhow::Result<()> {
 }
 
 fn log(name: &str) -> anyhow::Result<()> {
-    let path = Machine::attach(name)?.console();
+    let path = Machine::console_of(name)?;
     let text = fs::read(&path).with_context(|| format!("Cannot read {}", path.display()))?;
     Ok(io::stdout().write_all(&text)?)
 }
@@ -243,7 +283,11 @@ fn follow(mut process: Process, tty: bool) -> anyhow::Result<ExitCode> {
     }
     loop {
         match process.next_event() {
-            Ok(Event::Stdout(bytes)) => write_all(io::stdout().lock(), &bytes)?,
+            Ok(Event::Stdout(bytes)) => match write_all(io::stdout().lock(), &bytes) {
+                // As a local command would: its reader has what it wanted.
+                Err(error) if error.kind() == io::ErrorKind::BrokenPipe => return Ok(ExitCode::from(BROKEN_PIPE)),
+                written => written?,
+            },
             Ok(Event::Stderr(bytes)) => write_all(io::stderr().lock(), &bytes)?,
             Ok(Event::Ended(status)) => return Ok(exit_code(status)),
             Err(lab::Error::Refused { message, errno }) => {

@@ -1,6 +1,7 @@
 //! A driver's connection to one of a machine's command ports.
 
 use std::fs::File;
+use std::hash::{BuildHasher, RandomState};
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -16,6 +17,7 @@ use crate::rundir::RunDir;
 pub(crate) struct Connection {
     stream: UnixStream,
     decoder: Decoder,
+    buffer: Vec<u8>,
     session: u64,
     /// Unlocks when it is closed.
     _lock: File,
@@ -28,7 +30,13 @@ impl Connection {
         let (index, lock) = free_port(dir)?;
         let path = dir.port(index);
         let stream = UnixStream::connect(&path).map_err(|_| Error::NotRunning(dir.name().to_owned()))?;
-        let mut connection = Self { stream, decoder: Decoder::default(), session: new_session(), _lock: lock };
+        let mut connection = Self {
+            stream,
+            decoder: Decoder::default(),
+            buffer: vec![0; 64 * 1024],
+            session: new_session(),
+            _lock: lock,
+        };
         connection.stream.write_all(&[0; PADDING]).map_err(Error::Connection)?;
         connection.request(Kind::Hello, &[], limit)?;
         Ok(connection)
@@ -70,7 +78,6 @@ impl Connection {
 
     /// The next frame of this session, or none by the deadline.
     pub(crate) fn receive(&mut self, deadline: Option<Instant>) -> Result<Option<Frame>, Error> {
-        let mut buffer = [0; 64 * 1024];
         loop {
             match self.decoder.next_frame()? {
                 Some(frame) if frame.session == self.session => return Ok(Some(frame)),
@@ -83,9 +90,9 @@ impl Connection {
                 return Ok(None);
             }
             self.stream.set_read_timeout(left).map_err(Error::Connection)?;
-            match self.stream.read(&mut buffer) {
+            match self.stream.read(&mut self.buffer) {
                 Ok(0) => return Err(Error::Connection(std::io::ErrorKind::UnexpectedEof.into())),
-                Ok(count) => self.decoder.push(&buffer[..count]),
+                Ok(count) => self.decoder.push(&self.buffer[..count]),
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => return Ok(None),
                 Err(error) if error.kind() == std::io::ErrorKind::Interrupted => {}
                 Err(error) => return Err(Error::Connection(error)),
@@ -127,8 +134,7 @@ fn free_port(dir: &RunDir) -> Result<(usize, File), Error> {
     Ok((index, lock))
 }
 
-/// A number that no other session of the machine has: time and process make it.
+/// A number that no other session of the machine has: the hasher's keys are random.
 fn new_session() -> u64 {
-    use std::hash::{BuildHasher, RandomState};
     RandomState::new().hash_one(std::process::id())
 }

@@ -69,6 +69,9 @@ pub enum Error {
     /// The machine does not run.
     #[error("Machine {0:?} does not run; start it by `lab up {0}`, or see `lab list`")]
     NotRunning(String),
+    /// The machine is paused.
+    #[error("Machine {0:?} is stopped; let it go on by `lab start {0}`")]
+    Paused(String),
     /// QEMU ended, or spoke otherwise than it should.
     #[error("The machine's QEMU {problem}{log}")]
     Qemu {

@@ -71,14 +71,29 @@ const BOOT_MODULES: [&str; 2] = ["virtio_blk", "ext4"];
 /// Size of the root disk; it is sparse.
 const DISK_SIZE: &str = "8G";
 
-/// The commands that Debian's maintainer scripts would have linked (name, target).
-const ALTERNATIVES: [(&str, &str); 5] = [
-    ("usr/sbin/iptables", "iptables-nft"),
-    ("usr/sbin/iptables-save", "iptables-nft-save"),
-    ("usr/sbin/iptables-restore", "iptables-nft-restore"),
-    ("usr/sbin/ip6tables", "ip6tables-nft"),
+/// What Debian's maintainer scripts would have linked (path, target).
+const LINKS: [(&str, &str); 8] = [
     ("usr/bin/awk", "mawk"),
+    ("usr/bin/which", "which.debianutils"),
+    ("usr/sbin/ip6tables", "ip6tables-nft"),
+    ("usr/sbin/iptables", "iptables-nft"),
+    ("usr/sbin/iptables-restore", "iptables-nft-restore"),
+    ("usr/sbin/iptables-save", "iptables-nft-save"),
+    ("var/lock", "/run/lock"),
+    ("var/run", "/run"),
 ];
+/// What they would have copied (path, source).
+const COPIES: [(&str, &str); 5] = [
+    ("etc/group", "usr/share/base-passwd/group.master"),
+    ("etc/nsswitch.conf", "usr/share/libc-bin/nsswitch.conf"),
+    ("etc/passwd", "usr/share/base-passwd/passwd.master"),
+    ("etc/profile", "usr/share/base-files/profile"),
+    ("root/.profile", "usr/share/base-files/dot.profile"),
+];
+/// Directories that they would have made, and those that the machine mounts on.
+const DIRECTORIES: [&str; 10] = ["dev", "etc/cni/net.d", "media", "mnt", "proc", "root", "run", "srv", "sys", "tmp"];
+/// What nobody reads in the machine; the kernel is started from outside.
+const UNREAD: [&str; 5] = ["boot", "usr/share/doc", "usr/share/info", "usr/share/locale", "usr/share/man"];
 
 /// What is on the machine's disk, kernel and boot modules included.
 #[derive(Clone, Debug)]
@@ -99,8 +114,11 @@ impl System {
         for (package, place) in NEW_PACKAGES {
             key = key.with(package, place.as_bytes());
         }
-        for (name, target) in ALTERNATIVES {
-            key = key.with(name, target.as_bytes());
+        for (path, other) in LINKS.iter().chain(&COPIES) {
+            key = key.with(path, other.as_bytes());
+        }
+        for path in DIRECTORIES.iter().chain(&UNREAD) {
+            key = key.with("directory", path.as_bytes());
         }
         let dir = cache.get_or_build("lab-system", &key, |dir| build_system(cache, tools, dir))?;
         Ok(Self { dir })
@@ -190,9 +208,9 @@ fn prepare_modules(tools: &Tools, root: &Path, version: &str) -> Result<(), Erro
     let mut compressed = files_under(&modules)?;
     compressed.retain(|path| path.extension().is_some_and(|extension| extension == "xz"));
     for some in compressed.chunks(500) {
-        run(tools.command("usr/bin/xz").args(["-d", "--"]).args(some))?;
+        run("xz", tools.command("usr/bin/xz").args(["-d", "--"]).args(some))?;
     }
-    run(tools.command_as("usr/bin/kmod", "depmod").arg("-b").arg(root).arg(version))?;
+    run("depmod", tools.command_as("usr/bin/kmod", "depmod").arg("-b").arg(root).arg(version))?;
     drop(progress);
     Ok(())
 }
@@ -237,35 +255,39 @@ fn load_order<'a>(dependencies: &'a str, modules: &[&str]) -> Vec<&'a str> {
 
 /// Does what maintainer scripts would have done, and drops what nobody reads in the machine.
 fn tidy(root: &Path) -> Result<(), Error> {
-    for (name, target) in ALTERNATIVES {
-        let link = root.join(name);
-        std::os::unix::fs::symlink(target, &link).map_err(io("link", &link))?;
-    }
-    for file in ["passwd", "group"] {
-        copy(&root.join(format!("usr/share/base-passwd/{file}.master")), &root.join("etc").join(file))?;
-    }
-    write(&root.join("etc/hostname"), b"lab\n")?;
-    write(&root.join("etc/hosts"), b"127.0.0.1 localhost lab\n::1 localhost\n")?;
-    for unread in ["usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info", "boot"] {
-        let path = root.join(unread);
-        if path.exists() {
-            fs::remove_dir_all(&path).map_err(io("remove", &path))?;
+    for unread in UNREAD.map(|path| root.join(path)) {
+        if unread.exists() {
+            fs::remove_dir_all(&unread).map_err(io("remove", &unread))?;
         }
     }
-    for needed in ["proc", "sys", "dev", "run", "tmp", "root", "etc/cni/net.d"] {
-        create_dir(&root.join(needed))?;
+    for path in DIRECTORIES {
+        create_dir(&root.join(path))?;
     }
-    Ok(())
+    for (path, target) in LINKS {
+        let link = root.join(path);
+        if link.is_dir() {
+            fs::remove_dir(&link).map_err(io("remove", &link))?;
+        }
+        std::os::unix::fs::symlink(target, &link).map_err(io("link", &link))?;
+    }
+    for (path, source) in COPIES {
+        copy(&root.join(source), &root.join(path))?;
+    }
+    write(&root.join("etc/hostname"), b"lab\n")?;
+    write(&root.join("etc/hosts"), b"127.0.0.1 localhost lab\n::1 localhost\n")
 }
 
 fn make_disk(tools: &Tools, root: &Path, disk: &Path) -> Result<(), Error> {
     let progress = Progress::start("Making the root disk", 0);
-    run(tools
-        .command("usr/sbin/mke2fs")
-        .args(["-q", "-F", "-t", "ext4", "-O", "^has_journal,^metadata_csum"])
-        .args(["-E", "lazy_itable_init=1,root_owner=0:0", "-d"])
-        .args([root, disk])
-        .arg(DISK_SIZE))?;
+    run(
+        "mke2fs",
+        tools
+            .command("usr/sbin/mke2fs")
+            .args(["-q", "-F", "-t", "ext4", "-O", "^has_journal,^metadata_csum"])
+            .args(["-E", "lazy_itable_init=1,root_owner=0:0", "-d"])
+            .args([root, disk])
+            .arg(DISK_SIZE),
+    )?;
     drop(progress);
     Ok(())
 }
@@ -327,7 +349,8 @@ fn guest_dir() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("guest")
 }
 
-/// All that the command server is built from in this repository, in a fixed order.
+/// What the command server is built from in this repository, in a fixed order. Not the versions of its libraries:
+/// they change with any dependency of the workspace, and each time all machines would be booted anew.
 fn guest_sources() -> Result<Vec<PathBuf>, Error> {
     let mut sources = files_under(&guest_dir().join("src"))?;
     sources.push(guest_dir().join("Cargo.toml"));
@@ -347,7 +370,7 @@ fn build_guest() -> Result<PathBuf, Error> {
         .env_remove("RUSTFLAGS")
         .env_remove("CARGO_ENCODED_RUSTFLAGS")
         .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static");
-    let messages = run(&mut command)?;
+    let messages = run("cargo", &mut command)?;
     drop(progress);
     String::from_utf8_lossy(&messages)
         .lines()

@@ -22,10 +22,12 @@ mod initrd;
 mod kernel;
 mod machine;
 mod prepare;
+pub mod probe;
 mod progress;
 mod qemu;
 mod qmp;
 mod rundir;
+mod setup;
 mod snapshot;
 mod tools;
 
@@ -34,6 +36,7 @@ pub use error::Error;
 pub use lab_guest::wire::{Size, Status};
 pub use machine::{Description, Machine};
 pub use progress::Progress;
+pub use setup::Setup;
 pub use snapshot::Snapshot;
 
 /// Makes a snapshot, and all that it needs, unless it is in the cache.
@@ -54,4 +57,12 @@ pub fn build(update: bool) -> Result<(), Error> {
         prepare::update_pin(&cache)?;
     }
     prepare::materials(&cache).map(drop)
+}
+
+/// Removes what is in the cache of machines that are not built like this any more; answers what was removed.
+///
+/// # Errors
+/// When something cannot be removed.
+pub fn prune() -> Result<Vec<std::path::PathBuf>, Error> {
+    prepare::prune(&cache::Cache::open()?)
 }

@@ -15,15 +15,14 @@ use serde_json::json;
 use crate::command::{Command, Event, Input, Output, Process};
 use crate::connection::Connection;
 use crate::error::{Error, io, tail};
-use crate::prepare::prepare;
-use crate::qemu::{self, Descriptors, End, Parts, Start};
+use crate::qemu::{Descriptors, End, Plan, Start};
 use crate::qmp::Qmp;
 use crate::rundir::{self, RunDir};
+use crate::setup::{Setup, prepare_with};
 use crate::snapshot::Snapshot;
-use crate::tools::Tools;
 
-/// How long a running machine may take to answer.
-const ANSWER_LIMIT: Duration = Duration::from_secs(60);
+/// How long a running machine may take to answer: it shares the host with whatever is built there.
+const ANSWER_LIMIT: Duration = Duration::from_secs(180);
 
 /// What a machine was started from, as it stands in its directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -51,30 +50,46 @@ impl Machine {
     /// # Errors
     /// When a machine of that name runs, or something goes wrong.
     pub fn restore(snapshot: Snapshot, name: &str) -> Result<Self, Error> {
-        Self::start(snapshot, name, End::WithThread)
+        Self::restore_with(snapshot, &Setup::new(), name)
+    }
+
+    /// The same with a setup done before.
+    ///
+    /// # Errors
+    /// As [`Self::restore`], and when the setup fails.
+    pub fn restore_with(snapshot: Snapshot, setup: &Setup, name: &str) -> Result<Self, Error> {
+        Self::start(snapshot, setup, name, End::WithThread)
     }
 
     /// The same, but the machine goes on until somebody ends it by its name.
     ///
     /// # Errors
-    /// As [`Self::restore`].
-    pub fn restore_kept(snapshot: Snapshot, name: &str) -> Result<Self, Error> {
-        Self::start(snapshot, name, End::Never)
+    /// As [`Self::restore_with`].
+    pub fn restore_kept(snapshot: Snapshot, setup: &Setup, name: &str) -> Result<Self, Error> {
+        let mut machine = Self::start(snapshot, setup, name, End::Never)?;
+        machine.kept = true;
+        Ok(machine)
     }
 
-    fn start(snapshot: Snapshot, name: &str, end: End) -> Result<Self, Error> {
+    fn start(snapshot: Snapshot, setup: &Setup, name: &str, end: End) -> Result<Self, Error> {
         let dir = RunDir::of(name)?;
-        let prepared = prepare(snapshot)?;
-        let parts = prepared.parts(&dir);
-        let machine = Self::launch(&prepared.materials.tools, snapshot, dir, &parts, Start::Restore, end)?;
-        let mut qmp = machine.qmp()?;
-        qmp.migrate("migrate-incoming", &prepared.state()).map_err(|error| machine.explain(error))?;
-        qmp.execute("cont", &json!({}))?;
-        let mut connection = machine.await_answer(ANSWER_LIMIT)?;
-        if !snapshot.counts_instructions() {
-            connection.set_clock(ANSWER_LIMIT)?;
-        }
+        let prepared = prepare_with(snapshot, setup)?;
+        let plan = prepared.plan(snapshot, &dir, Start::Restore, end);
+        let machine = Self::launch(dir, &plan)?;
+        machine.receive(&prepared.state())?;
         Ok(machine)
+    }
+
+    /// Gives a machine that was just launched the state at `uri`, and lets it run.
+    pub(crate) fn receive(&self, uri: &str) -> Result<(), Error> {
+        let mut qmp = self.qmp()?;
+        qmp.migrate("migrate-incoming", uri).map_err(|error| self.explain(error))?;
+        qmp.execute("cont", &json!({}))?;
+        let mut connection = self.await_answer(ANSWER_LIMIT)?;
+        if self.snapshot.counts_instructions() {
+            return Ok(());
+        }
+        connection.set_clock(ANSWER_LIMIT)
     }
 
     /// The machine of that name, which runs already and goes on running.
@@ -101,19 +116,42 @@ impl Machine {
         Ok(machines)
     }
 
-    /// Starts QEMU.
-    pub(crate) fn launch(
-        tools: &Tools,
-        snapshot: Snapshot,
-        dir: RunDir,
-        parts: &Parts,
-        start: Start,
-        end: End,
-    ) -> Result<Self, Error> {
+    /// The names of machines that run, and of those that have ended by themselves and left their logs.
+    ///
+    /// # Errors
+    /// When their directory cannot be read.
+    pub fn names() -> Result<Vec<String>, Error> {
+        rundir::names()
+    }
+
+    /// The file with what a machine wrote to its console, even if it has ended by itself.
+    ///
+    /// # Errors
+    /// [`Error::NotRunning`] when there is none.
+    pub fn console_of(name: &str) -> Result<PathBuf, Error> {
+        let dir = RunDir::of(name)?;
+        if dir.exists() { Ok(dir.console()) } else { Err(Error::NotRunning(name.to_owned())) }
+    }
+
+    /// Ends the machine of that name, and removes what one that has ended by itself left.
+    ///
+    /// # Errors
+    /// [`Error::NotRunning`] when there is neither.
+    pub fn end_named(name: &str) -> Result<(), Error> {
+        let dir = RunDir::of(name)?;
+        match Self::attach(name) {
+            Err(Error::NotRunning(_)) if dir.exists() => dir.remove(),
+            Err(error) => Err(error),
+            Ok(machine) => machine.end(),
+        }
+    }
+
+    /// Starts QEMU. Even a machine that is to stay ends with its starter as long as nobody says otherwise.
+    pub(crate) fn launch(dir: RunDir, plan: &Plan) -> Result<Self, Error> {
         let life = dir.claim()?;
-        let pid = spawn_kept(tools, snapshot, &dir, parts, start, end, life)?;
-        let machine = Self { dir, snapshot, pid, kept: end == End::Never };
-        let description = Description { snapshot: snapshot.name().to_owned(), pid: pid.as_raw() };
+        let pid = spawn(&dir, plan, life)?;
+        let machine = Self { dir, snapshot: plan.snapshot, pid, kept: false };
+        let description = Description { snapshot: plan.snapshot.name().to_owned(), pid: pid.as_raw() };
         let path = machine.dir.description();
         fs::write(&path, serde_json::to_vec(&description).unwrap_or_default()).map_err(io("write", &path))?;
         Ok(machine)
@@ -167,7 +205,9 @@ impl Machine {
     /// # Errors
     /// When QEMU does not answer.
     pub fn pause(&self) -> Result<(), Error> {
-        self.qmp()?.execute("stop", &json!({})).map(drop)
+        self.qmp()?.execute("stop", &json!({}))?;
+        let mark = self.dir.paused();
+        fs::write(&mark, "").map_err(io("write", &mark))
     }
 
     /// Lets a paused machine go on.
@@ -175,15 +215,18 @@ impl Machine {
     /// # Errors
     /// When QEMU does not answer.
     pub fn resume(&self) -> Result<(), Error> {
-        self.qmp()?.execute("cont", &json!({})).map(drop)
+        self.qmp()?.execute("cont", &json!({}))?;
+        let mark = self.dir.paused();
+        match fs::remove_file(&mark) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", &mark)(error)),
+            _ => Ok(()),
+        }
     }
 
     /// Whether it is not paused.
-    ///
-    /// # Errors
-    /// When QEMU does not answer.
-    pub fn running(&self) -> Result<bool, Error> {
-        Ok(self.qmp()?.execute("query-status", &json!({}))?["running"] == true)
+    #[must_use]
+    pub fn running(&self) -> bool {
+        !self.dir.paused().exists()
     }
 
     /// Ends the machine at once; what it had written is gone.
@@ -215,14 +258,14 @@ impl Machine {
 
     /// A connection to QEMU.
     pub(crate) fn qmp(&self) -> Result<Qmp, Error> {
-        Qmp::connect(&self.dir.qmp()).map_err(|error| match error {
-            Error::Connection(_) if !self.dir.alive() => self.explain(error),
-            error => self.explain(error),
-        })
+        Qmp::connect(&self.dir.qmp()).map_err(|error| self.explain(error))
     }
 
     /// Waits until the machine's command server answers.
     pub(crate) fn await_answer(&self, limit: Duration) -> Result<Connection, Error> {
+        if self.dir.paused().exists() {
+            return Err(Error::Paused(self.name().to_owned()));
+        }
         Connection::open(&self.dir, limit).map_err(|error| self.explain(error))
     }
 
@@ -261,34 +304,23 @@ fn describe(dir: &RunDir) -> Option<Description> {
 }
 
 /// Starts QEMU in a thread that lives as long as QEMU does, so that "with the thread" means "with this process".
-fn spawn_kept(
-    tools: &Tools,
-    snapshot: Snapshot,
-    dir: &RunDir,
-    parts: &Parts,
-    start: Start,
-    end: End,
-    life: OwnedFd,
-) -> Result<Pid, Error> {
+fn spawn(dir: &RunDir, plan: &Plan, life: OwnedFd) -> Result<Pid, Error> {
     let (qmp, ports) = dir.listen()?;
     let descriptors = Descriptors { qmp, ports, life };
-    let (tools, parts, log) = (tools.clone(), parts.clone(), dir.qemu_log());
+    let (plan, log) = (plan.clone(), dir.qemu_log());
     let (sender, started) = channel();
     std::thread::spawn(move || {
-        let child = qemu::start(&tools, snapshot, &parts, start, descriptors, &log, end);
-        let mut child = match child {
-            Ok(child) => child,
-            Err(error) => {
-                // The receiver waits below.
-                let _ = sender.send(Err(error));
-                return;
+        // The receiver waits below for exactly one message.
+        match plan.spawn(descriptors, &log) {
+            Err(error) => drop(sender.send(Err(error))),
+            Ok(mut child) => {
+                drop(sender.send(Ok(child.id())));
+                // Reaps it; how it ended shows in its log.
+                let _ = child.wait();
             }
-        };
-        let _ = sender.send(Ok(child.id()));
-        // Reaps it; how it ended shows in its log.
-        let _ = child.wait();
+        }
     });
-    let pid =
-        started.recv().map_err(|_| Error::Qemu { problem: "was not started".to_owned(), log: String::new() })??;
+    let unstarted = || Error::Qemu { problem: "was not started".to_owned(), log: String::new() };
+    let pid = started.recv().map_err(|_| unstarted())??;
     Ok(Pid::from_raw(i32::try_from(pid).unwrap_or(i32::MAX)))
 }

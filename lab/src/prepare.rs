@@ -12,7 +12,7 @@ use crate::error::{Error, io};
 use crate::image::{Initrd, System};
 use crate::machine::Machine;
 use crate::progress::Progress;
-use crate::qemu::{End, PORTS, Parts, Start, arguments};
+use crate::qemu::{End, PORTS, Parts, Plan, Start, arguments};
 use crate::rundir::RunDir;
 use crate::snapshot::Snapshot;
 use crate::tools::{Tools, run};
@@ -31,6 +31,10 @@ runc --version > /dev/null
 containerd-shim-runc-v2 -v > /dev/null
 qemu-system-x86_64 --version > /dev/null
 sync";
+
+/// Names of a snapshot's files.
+const MEMORY: &str = "memory";
+const DISK: &str = "disk.qcow2";
 
 /// What machines are made of.
 #[derive(Clone, Debug)]
@@ -52,8 +56,29 @@ pub(crate) fn prepare(snapshot: Snapshot) -> Result<Prepared, Error> {
     let cache = Cache::open()?;
     let materials = materials(&cache)?;
     let key = key(snapshot, &materials);
-    let dir = cache.get_or_build("lab-snapshot", &key, |dir| make(snapshot, &materials, dir))?;
+    let dir = cache.get_or_build("lab-snapshot", &key, |dir| {
+        make(snapshot, &Prepared { materials: materials.clone(), dir: dir.to_owned() })
+    })?;
     Ok(Prepared { materials, dir })
+}
+
+/// Removes from the cache what the machines of today are not made of.
+pub(crate) fn prune(cache: &Cache) -> Result<Vec<PathBuf>, Error> {
+    let materials = materials(cache)?;
+    let snapshots = Snapshot::ALL.map(|snapshot| key(snapshot, &materials).name());
+    let mut removed = Vec::new();
+    for (kind, kept) in [
+        ("lab-tools", vec![materials.tools.id()]),
+        ("lab-system", vec![materials.system.id()]),
+        ("lab-initrd", vec![materials.initrd.id()]),
+        ("lab-snapshot", snapshots.to_vec()),
+        // Made again in seconds.
+        ("lab-setup", Vec::new()),
+    ] {
+        let is_kept = |path: &Path| kept.iter().any(|name| path.ends_with(name));
+        removed.extend(cache.retain(kind, is_kept)?);
+    }
+    Ok(removed)
 }
 
 /// Finds tools, system and initrd in the cache, or makes them.
@@ -89,8 +114,7 @@ pub(crate) fn update_pin(cache: &Cache) -> Result<(), Error> {
 
 fn key(snapshot: Snapshot, materials: &Materials) -> Key {
     let nowhere = Path::new("");
-    let mut parts = parts(materials, nowhere, nowhere);
-    parts.console = nowhere.to_owned();
+    let parts = parts(materials, nowhere, nowhere);
     let ports: Vec<_> = (0..10).take(PORTS).collect();
     let line = arguments(snapshot, &parts, Start::Restore, 0, &ports);
     let line: Vec<_> = line.iter().map(|word| word.to_string_lossy()).collect();
@@ -101,52 +125,78 @@ fn key(snapshot: Snapshot, materials: &Materials) -> Key {
         .with("warm-up", WARM_UP.as_bytes())
 }
 
-/// The parts of a machine whose memory and disk are in `files` and whose logs are in `run_dir`.
+/// The parts of a machine whose memory and disk are in `files` and whose console goes to `console`.
 fn parts(materials: &Materials, files: &Path, console: &Path) -> Parts {
     Parts {
         firmware: materials.tools.firmware(),
         kernel: materials.system.kernel(),
         initrd: materials.initrd.path(),
-        memory: files.join("memory"),
-        disk: files.join("disk.qcow2"),
+        memory: files.join(MEMORY),
+        disk: files.join(DISK),
         console: console.to_owned(),
     }
 }
 
 impl Prepared {
-    /// The parts of a machine restored from this snapshot.
-    pub(crate) fn parts(&self, run_dir: &RunDir) -> Parts {
-        parts(&self.materials, &self.dir, &run_dir.console())
+    /// The same materials with memory, disk and state in another directory.
+    pub(crate) fn at(&self, dir: PathBuf) -> Self {
+        Self { materials: self.materials.clone(), dir }
+    }
+
+    /// A name for this very snapshot, for keys.
+    pub(crate) fn id(&self) -> String {
+        self.dir.file_name().unwrap_or_default().to_string_lossy().into_owned()
+    }
+
+    /// A machine of this snapshot's files.
+    pub(crate) fn plan(&self, snapshot: Snapshot, run_dir: &RunDir, start: Start, end: End) -> Plan {
+        let parts = parts(&self.materials, &self.dir, &run_dir.console());
+        Plan { tools: self.materials.tools.clone(), snapshot, parts, start, end }
+    }
+
+    /// The file with the machine's memory.
+    pub(crate) fn memory(&self) -> PathBuf {
+        self.dir.join(MEMORY)
+    }
+
+    /// The machine's disk.
+    pub(crate) fn disk(&self) -> PathBuf {
+        self.dir.join(DISK)
     }
 
     /// The saved device state, for QEMU.
     pub(crate) fn state(&self) -> String {
-        state_uri(&self.dir)
+        format!("file:{}", self.dir.join("state").display())
+    }
+
+    /// Makes the disk, empty over another one.
+    pub(crate) fn create_disk(&self, base: &Path, base_format: &str) -> Result<(), Error> {
+        let mut command = self.materials.tools.command("usr/bin/qemu-img");
+        command.args(["create", "-q", "-f", "qcow2", "-F", base_format, "-b"]).arg(base).arg(self.disk());
+        run("qemu-img", &mut command).map(drop)
     }
 }
 
-fn state_uri(dir: &Path) -> String {
-    format!("file:{}", dir.join("state").display())
+/// Boots a machine and saves it once it is up.
+fn make(snapshot: Snapshot, prepared: &Prepared) -> Result<(), Error> {
+    let progress = Progress::start(&format!("Booting a lab machine for the snapshot {snapshot}"), 0);
+    prepared.create_disk(&prepared.materials.system.disk(), "raw")?;
+    let run_dir = RunDir::of(&format!("build-{snapshot}"))?;
+    let plan = prepared.plan(snapshot, &run_dir, Start::Boot, End::WithThread);
+    let machine = Machine::launch(run_dir, &plan)?;
+    // The answer's connection is not needed, only that it comes.
+    drop(machine.await_answer(BOOT_LIMIT)?);
+    machine.run(&Command::shell(WARM_UP), Input::Empty)?.check()?;
+    drop(progress);
+    save(machine, &prepared.state())
 }
 
-/// Boots a machine and saves it once it is up.
-fn make(snapshot: Snapshot, materials: &Materials, dir: &Path) -> Result<(), Error> {
-    let progress = Progress::start(&format!("Booting a lab machine for the snapshot {snapshot}"), 0);
-    run(materials
-        .tools
-        .command("usr/bin/qemu-img")
-        .args(["create", "-q", "-f", "qcow2", "-F", "raw", "-b"])
-        .args([materials.system.disk(), dir.join("disk.qcow2")]))?;
-    let run_dir = RunDir::of(&format!("build-{snapshot}"))?;
-    let parts = parts(materials, dir, &run_dir.console());
-    let machine = Machine::launch(&materials.tools, snapshot, run_dir, &parts, Start::Boot, End::WithThread)?;
-    machine.await_answer(BOOT_LIMIT)?;
-    machine.run(&Command::shell(WARM_UP), Input::Empty)?.check()?;
+/// Saves a machine's state and ends it; its memory and disk are in their files then.
+pub(crate) fn save(machine: Machine, state: &str) -> Result<(), Error> {
     let mut qmp = machine.qmp()?;
     qmp.execute("stop", &json!({}))?;
-    qmp.migrate("migrate", &state_uri(dir))?;
+    qmp.migrate("migrate", state)?;
     // QEMU talks to one at a time.
     drop(qmp);
-    drop(progress);
     machine.quit()
 }

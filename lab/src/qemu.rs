@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Child;
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
@@ -44,6 +44,8 @@ pub(crate) enum Start {
     Boot,
     /// It waits for a saved state; memory and disk files stay as they are, what it writes is its own.
     Restore,
+    /// It waits for a saved state; memory and disk files get what it writes.
+    Extend,
 }
 
 /// When a machine ends that nobody ends.
@@ -87,7 +89,7 @@ pub(crate) fn arguments(snapshot: Snapshot, parts: &Parts, start: Start, qmp: Ra
     line.add("-serial", "chardev:console");
     line.add("-chardev", format!("socket,id=qmp,fd={qmp},server=on,wait=off"));
     line.add("-mon", "chardev=qmp,mode=control");
-    if start == Start::Restore {
+    if start != Start::Boot {
         line.add("-incoming", "defer");
     }
     line.words
@@ -99,7 +101,7 @@ fn add_machine(line: &mut Line, snapshot: Snapshot, parts: &Parts, start: Start)
     line.add("-smp", snapshot.cpus().to_string());
     line.add("-m", snapshot.memory().to_string());
     // A restored machine's pages are its own copies of the file's.
-    let share = if start == Start::Boot { "on" } else { "off" };
+    let share = if start == Start::Restore { "off" } else { "on" };
     let memory = format!("memory-backend-file,id=ram,size={}M,share={share},mem-path=", snapshot.memory());
     line.add("-object", with_path(&memory, &parts.memory));
     if snapshot.counts_instructions() {
@@ -128,7 +130,7 @@ fn add_disk(line: &mut Line, parts: &Parts, start: Start) {
 }
 
 /// An option's value that ends with a path; QEMU wants commas in it doubled.
-fn with_path(option: &str, path: &std::path::Path) -> OsString {
+fn with_path(option: &str, path: &Path) -> OsString {
     let mut value = OsString::from(option);
     value.push(path.to_string_lossy().replace(',', ",,"));
     value
@@ -146,23 +148,32 @@ impl Line {
     }
 }
 
-/// Starts QEMU in a session of its own, with its messages in `log`.
-pub(crate) fn start(
-    tools: &Tools,
-    snapshot: Snapshot,
-    parts: &Parts,
-    start: Start,
-    descriptors: Descriptors,
-    log: &std::path::Path,
-    end: End,
-) -> Result<Child, Error> {
-    let ports: Vec<RawFd> = descriptors.ports.iter().map(AsRawFd::as_raw_fd).collect();
-    let output = File::create(log).map_err(io_error("create", log))?;
-    let mut command = tools.command("usr/bin/qemu-system-x86_64");
-    command.args(arguments(snapshot, parts, start, descriptors.qmp.as_raw_fd(), &ports));
-    command.stdout(output.try_clone().map_err(io_error("open", log))?).stderr(output);
-    prepare_child(&mut command, descriptors, end);
-    command.spawn().map_err(|source| Error::Start { program: "qemu-system-x86_64".to_owned(), source })
+/// A machine to be started.
+#[derive(Clone, Debug)]
+pub(crate) struct Plan {
+    /// Where QEMU is.
+    pub(crate) tools: Tools,
+    /// Which machine.
+    pub(crate) snapshot: Snapshot,
+    /// What it is made of.
+    pub(crate) parts: Parts,
+    /// How it comes to life.
+    pub(crate) start: Start,
+    /// When it ends.
+    pub(crate) end: End,
+}
+
+impl Plan {
+    /// Starts QEMU in a session of its own, with its messages in `log`.
+    pub(crate) fn spawn(&self, descriptors: Descriptors, log: &Path) -> Result<Child, Error> {
+        let ports: Vec<RawFd> = descriptors.ports.iter().map(AsRawFd::as_raw_fd).collect();
+        let output = File::create(log).map_err(io_error("create", log))?;
+        let mut command = self.tools.command("usr/bin/qemu-system-x86_64");
+        command.args(arguments(self.snapshot, &self.parts, self.start, descriptors.qmp.as_raw_fd(), &ports));
+        command.stdout(output.try_clone().map_err(io_error("open", log))?).stderr(output);
+        prepare_child(&mut command, descriptors, self.end);
+        command.spawn().map_err(|source| Error::Start { program: "qemu-system-x86_64".to_owned(), source })
+    }
 }
 
 /// Lets the child keep the descriptors under their numbers; ours are closed with the command.
@@ -213,6 +224,14 @@ mod tests {
         let line = line(Snapshot::Base, Start::Restore);
         assert!(line.contains("share=off,mem-path=/memory"), "{line}");
         assert!(line.contains("snapshot=on"), "{line}");
+        assert!(line.ends_with("-incoming defer"), "{line}");
+    }
+
+    #[test]
+    fn an_extended_machine_starts_from_a_state_and_writes_to_its_files() {
+        let line = line(Snapshot::Base, Start::Extend);
+        assert!(line.contains("share=on,mem-path=/memory"), "{line}");
+        assert!(!line.contains("snapshot=on"), "{line}");
         assert!(line.ends_with("-incoming defer"), "{line}");
     }
 

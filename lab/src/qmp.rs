@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::error::Error;
 
 /// How long QEMU may take for an answer.
-const LIMIT: Duration = Duration::from_secs(60);
+const LIMIT: Duration = Duration::from_secs(180);
 
 /// A connection to QEMU.
 #[derive(Debug)]

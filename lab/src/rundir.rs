@@ -92,6 +92,16 @@ impl RunDir {
         self.path.join("machine.json")
     }
 
+    /// There while the machine is paused.
+    pub(crate) fn paused(&self) -> PathBuf {
+        self.path.join("paused")
+    }
+
+    /// Whether there is anything of the machine, be it dead.
+    pub(crate) fn exists(&self) -> bool {
+        self.path.is_dir()
+    }
+
     fn life(&self) -> PathBuf {
         self.path.join("life")
     }

@@ -75,16 +75,15 @@ pub(crate) fn unpack_all(what: &str, debs: &[PathBuf], root: &Path) -> Result<()
     Ok(())
 }
 
-/// Runs a command to its end and answers its standard output.
-pub(crate) fn run(command: &mut Command) -> Result<Vec<u8>, Error> {
-    // What is started by a loader is known by its first argument after the loader's own.
-    let program = command.get_args().nth(1).unwrap_or_else(|| command.get_program()).to_string_lossy().into_owned();
-    let output = command.output().map_err(|source| Error::Start { program: program.clone(), source })?;
+/// Runs a command, called `program` in messages, to its end and answers its standard output.
+pub(crate) fn run(program: &str, command: &mut Command) -> Result<Vec<u8>, Error> {
+    let output = command.output().map_err(|source| Error::Start { program: program.to_owned(), source })?;
     if output.status.success() {
         return Ok(output.stdout);
     }
     let stderr = String::from_utf8_lossy(&output.stderr);
-    Err(Error::Failed { program, status: output.status.to_string(), stderr: tail(&stderr, 2000).to_owned() })
+    let (status, stderr) = (output.status.to_string(), tail(&stderr, 2000).to_owned());
+    Err(Error::Failed { program: program.to_owned(), status, stderr })
 }
 
 /// Creates a directory and those above it.

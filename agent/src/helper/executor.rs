@@ -63,7 +63,10 @@ impl Executor for ContainerExecutor {
         let process = spec.process().as_ref().ok_or_else(|| fail("the spec has no process".into()))?;
         let program = process.args().as_ref().and_then(|args| args.first()).filter(|program| !program.is_empty());
         let program = program.ok_or_else(|| fail("the spec has no args: name a program to run".into()))?;
-        find_program(program, search_path(process)).map(drop).map_err(fail)
+        find_program(program, search_path(process)).map(drop).map_err(fail)?;
+        // Of all that libcontainer asks of an executor, this comes after the terminal and before the Create answer:
+        // a later Resize wins.
+        set_console_size(process).map_err(|error| fail(format!("cannot set the size of the terminal: {error}")))
     }
 
     fn exec(&self, spec: &Spec) -> Result<(), ExecutorError> {
@@ -111,6 +114,12 @@ impl Restrictions {
         capabilities::reset_effective(syscall.as_ref()).map_err(|e| format!("capabilities: {e}"))?;
         capabilities::drop_privileges(&self.capabilities, syscall.as_ref()).map_err(|e| format!("capabilities: {e}"))
     }
+}
+
+fn set_console_size(process: &Process) -> std::io::Result<()> {
+    let Some(size) = process.console_size().filter(|_| process.terminal() == Some(true)) else { return Ok(()) };
+    let cells = |count: u64| u16::try_from(count).unwrap_or(u16::MAX);
+    crate::sys::set_window_size(std::io::stdin(), cells(size.width()), cells(size.height()))
 }
 
 fn search_path(process: &Process) -> &str {

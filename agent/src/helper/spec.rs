@@ -5,7 +5,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 
 use libcontainer::apparmor;
-use oci_spec::runtime::{LinuxNamespaceType, Process, Root, Spec};
+use oci_spec::runtime::{LinuxDeviceCgroup, LinuxNamespaceType, Process, Root, Spec};
 use pathrs::flags::OpenFlags;
 
 use super::{Error, Stage};
@@ -15,7 +15,7 @@ use crate::cgroup::Cgroup;
 const PASSWD_LIMIT: u64 = 1 << 20;
 
 /// Makes a specification that libcontainer can run in this guest.
-pub(super) fn adapt(spec: &mut Spec, id: &str, rootfs: Option<PathBuf>) -> Result<(), Error> {
+pub(super) fn adapt(spec: &mut Spec, id: &str, rootfs: Option<PathBuf>, terminal: bool) -> Result<(), Error> {
     if let Some(path) = rootfs {
         let mut root = Root::default();
         root.set_readonly(spec.root().as_ref().and_then(Root::readonly));
@@ -31,16 +31,21 @@ pub(super) fn adapt(spec: &mut Spec, id: &str, rootfs: Option<PathBuf>) -> Resul
     let linux = spec.linux_mut().as_mut().ok_or("the spec has no linux section")?;
     linux.set_cgroups_path(Some(Cgroup::oci_path(id)));
     let process = spec.process_mut().as_mut().ok_or("the spec has no process")?;
-    adapt_process(process, &root);
+    adapt_process(process, &root, terminal);
     Ok(())
 }
 
-/// The same for one process whose root directory is `root`.
-pub(super) fn adapt_process(process: &mut Process, root: &Path) {
+/// The same for one process whose root directory is `root`. Whether it has a terminal is for the request to say.
+pub(super) fn adapt_process(process: &mut Process, root: &Path, terminal: bool) {
+    process.set_terminal(Some(terminal));
     if !apparmor::is_enabled().unwrap_or(false) {
         process.set_apparmor_profile(None);
     }
     process.set_selinux_label(None);
+    // libcontainer takes `false` for "as late as possible" and then lacks the capability to install a seccomp filter.
+    if process.no_new_privileges() == Some(false) {
+        process.set_no_new_privileges(None);
+    }
     // Otherwise libcontainer asks the C library, which may load a name service module from the container's files.
     let home = home_directory(root, process.user().uid());
     let env = process.env_mut().get_or_insert_default();
@@ -67,6 +72,12 @@ fn apply_sandbox_sysctls(spec: &mut Spec) -> Result<(), Error> {
         !ours
     });
     outcome
+}
+
+/// The devices that the container may use.
+pub(super) fn device_rules(spec: &Spec) -> Vec<LinuxDeviceCgroup> {
+    let resources = spec.linux().as_ref().and_then(|linux| linux.resources().as_ref());
+    resources.and_then(|resources| resources.devices().clone()).unwrap_or_default()
 }
 
 /// Which hooks the agent has to ask for later.

@@ -10,7 +10,8 @@ use protobuf::{Message, MessageField};
 use protocols::agent::{ContainerOptions, Storage};
 use protocols::agent_ttrpc::AgentServiceClient;
 use protocols::containerd::api::{
-    CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest, WaitRequest,
+    CreateTaskRequest, DeleteRequest, DeleteResponse, ExecProcessRequest, KillRequest, StartRequest, UpdateTaskRequest,
+    WaitRequest,
 };
 use protocols::containerd::shim_async::{Client, TaskClient};
 use protocols::containerd::types::mount::Mount;
@@ -38,6 +39,31 @@ pub(crate) fn privileged() -> bool {
     root
 }
 
+/// Whether this machine lets cgroups of version 2 limit memory; says so loudly when not.
+pub(crate) fn memory_controller() -> bool {
+    let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
+    let mut roots = mounts.lines().filter(|line| line.split(' ').nth(2) == Some("cgroup2"));
+    let available = roots.any(|line| {
+        let controllers = Path::new(line.split(' ').nth(1).unwrap_or("/")).join("cgroup.controllers");
+        std::fs::read_to_string(controllers).is_ok_and(|text| text.split_whitespace().any(|word| word == "memory"))
+    });
+    if !available {
+        eprintln!("SKIPPED: the memory controller of this machine is not in the unified hierarchy");
+    }
+    available
+}
+
+/// An agent as PID 1 of its own namespaces, whose host listens at `prefix`.
+pub(crate) fn agent(prefix: &str) -> Command {
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child"]).args([
+        env!("CARGO_BIN_EXE_kata-agent"),
+        "--dial",
+        &format!("unix:{prefix}"),
+    ]);
+    command
+}
+
 /// An agent under test and the host's end of its connections.
 pub(crate) struct Host {
     pub(crate) task: TaskClient,
@@ -45,6 +71,7 @@ pub(crate) struct Host {
     streams: UnixListener,
     pending: HashMap<u64, UnixStream>,
     agent_process: Child,
+    agent_pid: i32,
     pub(crate) directory: tempfile::TempDir,
 }
 
@@ -52,18 +79,12 @@ impl Host {
     /// Starts an agent and waits until it has dialled.
     pub(crate) async fn start() -> Self {
         let directory = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
-        // Socket addresses are short: the directory is reached by a short link.
         let prefix = directory.path().join("s");
         let control = UnixListener::bind(port(&prefix, protocols::AGENT_PORT)).expect("control socket");
         let streams = UnixListener::bind(port(&prefix, protocols::STREAM_PORT)).expect("stream socket");
-        let agent_process = Command::new("unshare")
-            .args(["--mount", "--pid", "--net", "--uts", "--ipc", "--cgroup", "--fork", "--kill-child"])
-            .arg(env!("CARGO_BIN_EXE_kata-agent"))
-            .arg("--dial")
-            .arg(format!("unix:{}", prefix.display()))
-            .spawn()
-            .expect("unshare");
+        let agent_process = agent(&prefix.display().to_string()).spawn().expect("unshare");
         let (connection, _) = within(control.accept()).await.expect("the agent dials");
+        let agent_pid = connection.peer_cred().expect("credentials").pid().expect("a pid");
         let client = Client::new(ttrpc::asynchronous::transport::Socket::new(connection));
         Self {
             task: TaskClient::new(client.clone()),
@@ -71,6 +92,7 @@ impl Host {
             streams,
             pending: HashMap::new(),
             agent_process,
+            agent_pid,
             directory,
         }
     }
@@ -124,6 +146,7 @@ impl Host {
         vec![Mount {
             type_: "bind".into(),
             source: rootfs.display().to_string(),
+            target: format!("{}/{id}/rootfs", protocols::BUNDLES_DIR),
             options: vec!["rbind".into(), "rw".into()],
             ..Default::default()
         }]
@@ -169,6 +192,13 @@ impl Host {
         within(self.task.delete(context(), &request)).await
     }
 
+    pub(crate) async fn update(&self, id: &str, resources: &Value) -> ttrpc::Result<()> {
+        let kind = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
+        let resources = MessageField::some(any(kind, resources.to_string().as_bytes()));
+        let request = UpdateTaskRequest { id: id.into(), resources, ..Default::default() };
+        within(self.task.update(context(), &request)).await.map(drop)
+    }
+
     /// Runs a container to its end: exit status, stdout and stderr.
     pub(crate) async fn run(&mut self, id: &str, spec: &Value) -> (u32, String, String) {
         let stdio = Stdio::outputs();
@@ -210,11 +240,18 @@ impl Host {
         PathBuf::from(format!("/proc/{}/root{path}", self.agent_pid()))
     }
 
-    /// The agent's pid as this process sees it: the only child of unshare.
-    pub(crate) fn agent_pid(&self) -> u32 {
-        let unshare = self.agent_process.id();
-        let children = std::fs::read_to_string(format!("/proc/{unshare}/task/{unshare}/children")).expect("children");
-        children.trim().parse().expect("one child")
+    /// The agent's pid as this process sees it.
+    pub(crate) fn agent_pid(&self) -> i32 {
+        self.agent_pid
+    }
+
+    /// The agent's cgroup (v2) as this process sees it: it outlives the agent.
+    pub(crate) fn agent_cgroup(&self) -> PathBuf {
+        let mounts = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
+        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("a cgroup2 mount");
+        let groups = std::fs::read_to_string(format!("/proc/{}/cgroup", self.agent_pid())).expect("cgroups");
+        let path = groups.lines().find_map(|line| line.strip_prefix("0::/")).expect("a cgroup");
+        Path::new(mount.split(' ').nth(1).expect("a mount point")).join(path)
     }
 
     /// Names of the files in a directory of the agent; empty when there is no such directory.

@@ -3,12 +3,15 @@
 use std::os::unix::process::ExitStatusExt;
 
 use protobuf::Message;
-use protocols::agent::{Dns, Interface, Route, SetupRequest};
+use protocols::agent::{Dns, Interface, NextEventRequest, Route, SetupRequest};
 use protocols::containerd::api::{ShutdownRequest, StatsRequest};
 use protocols::containerd::cgroups_v2::metrics::Metrics;
+use serde_json::json;
 use ttrpc::Code;
 
-use crate::harness::{Host, Stdio, context, privileged, refusal, shell, spec, storage, unique, within};
+use crate::harness::{
+    Host, Stdio, context, memory_controller, privileged, refusal, shell, spec, storage, unique, within,
+};
 
 /// What the kernel makes of a power-off in a PID namespace (reboot(2)); unshare passes it on.
 const SIGINT: i32 = 2;
@@ -48,7 +51,7 @@ async fn setup_names_the_guest_resolves_mounts_and_tells_its_timeline() {
     let namespaces = spec["linux"]["namespaces"].as_array_mut().expect("namespaces");
     namespaces.retain(|namespace| namespace["type"] != "uts");
     spec["hostname"] = "ignored: the name is the sandbox's".into();
-    spec["linux"]["sysctl"] = serde_json::json!({"net.ipv4.ip_nonlocal_bind": "1"});
+    spec["linux"]["sysctl"] = json!({"net.ipv4.ip_nonlocal_bind": "1"});
     assert_eq!(host.run(&unique("names"), &spec).await, (0, "pod-name\n1\n1\n".into(), String::new()));
 }
 
@@ -154,7 +157,7 @@ async fn interfaces_are_found_by_mac_renamed_and_routed() {
         ..Default::default()
     };
     within(host.agent.setup(context(), &request)).await.expect("setup");
-    let script = "busybox ip -o addr show eth0; busybox ip route; busybox ip link show lo";
+    let script = "busybox ip addr show eth0; busybox ip route; busybox ip link show lo";
     let (_, text, _) = host.run(&unique("net"), &spec(shell(script))).await;
     for part in ["inet 10.9.0.2/24", "fd09::2/64", "mtu 1400", "default via 10.9.0.1 dev eth0", "LOOPBACK,UP"] {
         assert!(text.contains(part), "{part:?} is not in {text}");
@@ -179,6 +182,49 @@ async fn statistics_are_containerds_metrics() {
 }
 
 #[tokio::test]
+async fn a_process_that_takes_more_memory_than_it_may_is_killed_and_reported() {
+    if !privileged() || !memory_controller() {
+        return;
+    }
+    let host = Host::start().await;
+    let id = unique("oom");
+    // The shell doubles a string until the kernel stops it.
+    let mut spec = spec(shell("x=0123456789abcdef; while :; do x=$x$x; done"));
+    spec["linux"]["resources"] = json!({"memory": {"limit": 16 << 20, "swap": 16 << 20}});
+    host.create(&id, &spec, &Stdio::default()).await.expect("create");
+    host.begin(&id, "").await.expect("start");
+    let event = within(host.agent.next_event(context(), &NextEventRequest::default())).await.expect("an event");
+    assert_eq!(event.out_of_memory().container_id, id);
+    assert_eq!(host.wait(&id, "").await.expect("wait"), 137);
+}
+
+#[tokio::test]
+async fn limits_are_set_counted_and_changed() {
+    if !privileged() || !memory_controller() {
+        return;
+    }
+    let host = Host::start().await;
+    let id = unique("limits");
+    let mut spec = spec(shell("while :; do sleep 1000; done"));
+    spec["linux"]["resources"] = json!({"memory": {"limit": 64 << 20}, "pids": {"limit": 10}});
+    host.create(&id, &spec, &Stdio::default()).await.expect("create");
+    host.begin(&id, "").await.expect("start");
+    let metrics = async || {
+        let request = StatsRequest { id: id.clone(), ..Default::default() };
+        let stats = within(host.task.stats(context(), &request)).await.expect("stats").stats;
+        Metrics::parse_from_bytes(&stats.value).expect("metrics")
+    };
+    let before = metrics().await;
+    assert_eq!((before.memory.usage_limit, before.pids.limit), (64 << 20, 10));
+    assert!(before.memory.usage > 0 && before.pids.current > 0);
+    let resources = json!({"memory": {"limit": 32 << 20}, "pids": {"limit": 20}});
+    host.update(&id, &resources).await.expect("update");
+    let after = metrics().await;
+    assert_eq!((after.memory.usage_limit, after.pids.limit), (32 << 20, 20));
+    assert_eq!(refusal(host.update(&id, &json!("nonsense")).await).0, Code::INVALID_ARGUMENT);
+}
+
+#[tokio::test]
 async fn shutdown_refuses_while_there_are_containers_and_then_powers_off() {
     if !privileged() {
         return;
@@ -195,6 +241,16 @@ async fn shutdown_refuses_while_there_are_containers_and_then_powers_off() {
 }
 
 #[tokio::test]
+async fn an_agent_without_a_host_ends_the_guest() {
+    if !privileged() {
+        return;
+    }
+    let mut guest = crate::harness::agent("/nowhere/socket").spawn().expect("unshare");
+    let status = within(tokio::task::spawn_blocking(move || guest.wait())).await.expect("no panic");
+    assert_eq!(status.expect("an exit status").signal(), Some(SIGINT));
+}
+
+#[tokio::test]
 async fn a_host_that_goes_away_takes_the_guest_and_its_containers_with_it() {
     if !privileged() {
         return;
@@ -203,9 +259,8 @@ async fn a_host_that_goes_away_takes_the_guest_and_its_containers_with_it() {
     let id = unique("orphaned");
     host.create(&id, &spec(shell("while :; do sleep 1000; done")), &Stdio::default()).await.expect("create");
     host.begin(&id, "").await.expect("start");
-    let cgroup = host.agent_path("/sys/fs/cgroup");
-    let cgroup = std::fs::canonicalize(&cgroup).unwrap_or(cgroup).join(&id);
-    assert!(cgroup.exists());
+    let cgroup = host.agent_cgroup().join(&id);
+    assert!(cgroup.exists(), "{}", cgroup.display());
     assert_eq!(host.hang_up().await.signal(), Some(SIGINT));
     assert!(!cgroup.exists());
 }

@@ -91,7 +91,6 @@ async fn a_terminal_echoes_has_a_size_and_belongs_to_its_user() {
     let stdio = Stdio::terminal();
     let mut process =
         shell("stty size; test -t 0 && test -O $(readlink /proc/self/fd/0) && echo mine; read x; stty size; exit 6");
-    process["terminal"] = true.into();
     process["user"] = serde_json::json!({"uid": 33, "gid": 33});
     host.create(&id, &spec(process), &stdio).await.expect("create");
     let resize = async |width, height| {
@@ -124,15 +123,11 @@ async fn exec_can_have_a_terminal_too() {
     host.begin(&id, "").await.expect("start");
     let stdio = Stdio::terminal();
     let mut process = shell("stty size; exit 8");
-    process["terminal"] = true.into();
+    process["consoleSize"] = serde_json::json!({"width": 99, "height": 11});
     host.exec(&id, "tty", &process, &stdio).await.expect("exec");
-    let request =
-        ResizePtyRequest { id: id.clone(), exec_id: "tty".into(), width: 99, height: 11, ..Default::default() };
-    within(host.task.resize_pty(context(), &request)).await.expect("a size before there is a terminal");
     host.begin(&id, "tty").await.expect("start exec");
     assert_eq!(host.wait(&id, "tty").await.expect("wait"), 8);
-    let (text, _) = host.outputs(&stdio).await;
-    assert!(text.contains("\r\n"), "a terminal ends its lines so: {text:?}");
+    assert_eq!(host.outputs(&stdio).await.0, "11 99\r\n");
 }
 
 #[tokio::test]

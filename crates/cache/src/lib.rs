@@ -130,8 +130,9 @@ impl Cache {
         if let Some(path) = self.get(kind, key) {
             return Ok(path);
         }
+        remove_unfinished(&parent)?;
         let unfinished = tempfile::Builder::new()
-            .prefix(".building-")
+            .prefix(UNFINISHED)
             .tempdir_in(&parent)
             .map_err(io("create a directory in", &parent))?;
         build(unfinished.path())?;
@@ -141,6 +142,44 @@ impl Cache {
         let _ = unfinished.keep();
         Ok(path)
     }
+}
+
+impl Cache {
+    /// Removes the entries of a kind that `keep` does not want; answers their paths.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when one cannot be removed; the others may be gone by then.
+    pub fn retain(&self, kind: &str, keep: impl Fn(&Path) -> bool) -> Result<Vec<PathBuf>, Error> {
+        let parent = self.root.join(kind);
+        if !parent.is_dir() {
+            return Ok(Vec::new());
+        }
+        let _lock = lock(&parent.join(".lock"))?;
+        remove_unfinished(&parent)?;
+        let mut removed = Vec::new();
+        for entry in fs::read_dir(&parent).map_err(io("list", &parent))? {
+            let path = entry.map_err(io("list", &parent))?.path();
+            if path.is_dir() && !keep(&path) {
+                fs::remove_dir_all(&path).map_err(io("remove", &path))?;
+                removed.push(path);
+            }
+        }
+        Ok(removed)
+    }
+}
+
+/// What the names of entries that are being built begin with.
+const UNFINISHED: &str = ".building-";
+
+/// Removes what killed builders left. The caller holds the kind's lock, so that nobody builds now.
+fn remove_unfinished(parent: &Path) -> Result<(), Error> {
+    for entry in fs::read_dir(parent).map_err(io("list", parent))? {
+        let path = entry.map_err(io("list", parent))?.path();
+        if path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(UNFINISHED)) {
+            fs::remove_dir_all(&path).map_err(io("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 fn lock(path: &Path) -> Result<nix::fcntl::Flock<File>, Error> {
@@ -182,6 +221,26 @@ mod tests {
         let left: Vec<_> =
             fs::read_dir(dir.path().join("thing")).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert_eq!(left, [".lock"]);
+    }
+
+    #[test]
+    fn what_a_killed_builder_left_goes_with_the_next_build() {
+        let dir = tempfile::tempdir().unwrap();
+        let rest = dir.path().join("thing/.building-abc");
+        fs::create_dir_all(rest.join("half")).unwrap();
+        Cache::at(dir.path()).get_or_build::<Error>("thing", &Key::new("1"), |_| Ok(())).unwrap();
+        assert!(!rest.exists());
+    }
+
+    #[test]
+    fn an_entry_that_is_not_retained_goes() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path());
+        let [old, new] =
+            ["old", "new"].map(|name| cache.get_or_build::<Error>("thing", &Key::new(name), |_| Ok(())).unwrap());
+        assert_eq!(cache.retain("thing", |path| path == new).unwrap(), std::slice::from_ref(&old));
+        assert!(new.is_dir() && !old.exists());
+        assert!(cache.retain("no such kind", |_| false).unwrap().is_empty());
     }
 
     #[test]

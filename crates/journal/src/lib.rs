@@ -219,6 +219,26 @@ pub fn replay(path: &Path) -> Result<Replay, JournalError> {
     Ok(replay)
 }
 
+/// The processes that a journal records: whoever owns it. None for a missing file.
+///
+/// # Errors
+///
+/// [`JournalError::Io`] when the file cannot be read.
+pub fn owners(path: &Path) -> Result<Vec<ProcessId>, JournalError> {
+    let mut file = match File::open(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+        result => result.map_err(|source| JournalError::Io { path: path.to_owned(), source })?,
+    };
+    let open = read_open(&mut file, path)?;
+    Ok(open
+        .into_iter()
+        .filter_map(|(_, effect)| match effect {
+            Effect::Process { process } => Some(process),
+            _ => None,
+        })
+        .collect())
+}
+
 /// Ends the recorded processes first: they hold mounts and cgroups, and write to this journal. What they recorded until
 /// their end is read again.
 fn end_processes(file: &mut File, path: &Path, open: &mut Vec<(EffectId, Effect)>) -> Result<(), JournalError> {

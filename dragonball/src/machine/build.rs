@@ -81,7 +81,8 @@ fn create_vcpus(count: u8, kvm: &Kvm, vm: &VmFd, entry: Entry) -> Result<Vec<kvm
     let mut vcpus = Vec::with_capacity(usize::from(count));
     for id in 0..count {
         let vcpu = vm.create_vcpu(u64::from(id)).map_err(refused("create a vCPU"))?;
-        vcpu.set_cpuid2(&cpuid::for_vcpu(&supported, id, count)).map_err(refused("set CPUID"))?;
+        let table = cpuid::for_vcpu(&supported, id, count).map_err(refused("set CPUID"))?;
+        vcpu.set_cpuid2(&table).map_err(refused("set CPUID"))?;
         registers::set_msrs(&vcpu).map_err(refused("set model-specific registers"))?;
         vcpus.push(vcpu);
     }

@@ -16,11 +16,14 @@ use crate::memory::AddressSpace;
 use crate::memory::layout::{HighMemory, PCI_32};
 use crate::pci::bus::PciBus;
 use crate::platform::uart::Uart;
+use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
 use crate::virtio::device::VirtioDevice;
+use crate::virtio::fs::Fs;
 use crate::virtio::pci::{Hardware, REGION_LENGTH, Transport};
 use crate::virtio::pmem::{Pmem, PmemMode};
 use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
 use crate::vm::Shared;
 
 /// The devices of a machine as they are put together.
@@ -41,6 +44,16 @@ impl Devices {
     pub(super) fn add_all(&mut self, config: &MachineConfig, shared: &Shared) -> Result<(), StartError> {
         for pmem in &config.pmem {
             self.add_pmem(pmem)?;
+        }
+        for disk in &config.disks {
+            self.add("blk", Box::new(Blk::open(&disk.path, disk.read_only).map_err(refused("blk"))?))?;
+        }
+        for fs in &config.fs {
+            self.add("fs", Box::new(Fs::new(&fs.tag, &fs.directory).map_err(refused("fs"))?))?;
+        }
+        if let Some(vsock) = &config.vsock {
+            let device = Vsock::new(u64::from(vsock.guest_cid), &vsock.socket).map_err(refused("vsock"))?;
+            self.add("vsock", Box::new(device))?;
         }
         if config.console != ConsoleOutput::None {
             let (output, input) = console_ends(&config.console).map_err(refused("console"))?;

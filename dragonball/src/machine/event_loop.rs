@@ -146,8 +146,8 @@ impl MutEventSubscriber for Subscriber {
             Self::Input(input) => input.as_raw_fd(),
         };
         if let Err(error) = ops.add(watched(fd, 0, EventSet::IN)) {
-            // A regular file as input is always readable, which epoll does not watch.
-            tracing::warn!(%error, "an event source is not watched");
+            // epoll does not take regular files and `/dev/null` as input: there is nobody to type anything then.
+            tracing::debug!(%error, "an event source is not watched");
         }
     }
 }

@@ -3,6 +3,8 @@
 //!
 //! Sources: Intel SDM vol. 2, CPUID; AMD APM vol. 3, appendix E.
 
+use std::io;
+
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 
 /// Where a field lies in a register: lowest bit and width.
@@ -36,13 +38,26 @@ mod leaf_1 {
 const AMD_COUNTERS: u32 = 1 << 23 | 1 << 24;
 
 /// The table of the vCPU with APIC id `id` among `count`: one socket with one thread per core.
-pub(crate) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> CpuId {
-    let mut table = supported.clone();
-    for entry in table.as_mut_slice() {
-        adjust(entry, u32::from(id), u32::from(count));
+///
+/// # Errors
+/// When the table would be longer than KVM takes.
+pub(crate) fn for_vcpu(supported: &CpuId, id: u8, count: u8) -> io::Result<CpuId> {
+    let (id, count) = (u32::from(id), u32::from(count));
+    let supported = supported.as_slice();
+    let mut entries: Vec<_> = supported.iter().filter(|entry| !TOPOLOGY.contains(&entry.function)).copied().collect();
+    for entry in &mut entries {
+        adjust(entry, id, count);
     }
-    table
+    for leaf in TOPOLOGY {
+        if supported.iter().any(|entry| entry.function == leaf) {
+            entries.extend(extended_topology(leaf, id, count));
+        }
+    }
+    CpuId::from_entries(&entries).map_err(|_| io::Error::other("the CPUID table is longer than KVM takes"))
 }
+
+/// The leaves of the extended topology. KVM gives them without content: they are the VMM's to fill.
+const TOPOLOGY: [u32; 2] = [0xb, 0x1f];
 
 fn adjust(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
     match entry.function {
@@ -50,7 +65,6 @@ fn adjust(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
         0x4 => intel_cache(entry, count),
         // Performance counters: their probing costs exits, and what they count belongs to the host.
         0xa => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
-        0xb | 0x1f => extended_topology(entry, id, count),
         0x8000_0001 => entry.ecx &= !AMD_COUNTERS,
         0x8000_0008 => amd_core_count(entry, count),
         0x8000_001d => amd_cache(entry, count),
@@ -100,17 +114,18 @@ fn sharing(entry: &mut kvm_cpuid_entry2, count: u32) {
     SHARERS.set(&mut entry.eax, if level < 3 { 0 } else { count - 1 });
 }
 
-/// Leaves 0xB and 0x1F: subleaf 0 is the thread, 1 the core, others are none.
-fn extended_topology(entry: &mut kvm_cpuid_entry2, id: u32, count: u32) {
+/// Leaves 0xB and 0x1F: subleaf 0 is the thread, 1 the core, 2 ends the list.
+fn extended_topology(leaf: u32, id: u32, count: u32) -> [kvm_cpuid_entry2; 3] {
     const THREAD: u32 = 1;
     const CORE: u32 = 2;
-    entry.flags |= KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
-    entry.edx = id;
-    (entry.eax, entry.ebx, entry.ecx) = match entry.index {
-        0 => (0, 1, THREAD << 8),
-        1 => (id_width(count), count, CORE << 8 | 1),
-        index => (0, 0, index & 0xff),
-    };
+    let levels = [(0, 1, THREAD << 8), (id_width(count), count, CORE << 8 | 1), (0, 0, 2)];
+    let mut index = 0;
+    levels.map(|(eax, ebx, ecx)| {
+        let flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX;
+        let entry = kvm_cpuid_entry2 { function: leaf, index, flags, eax, ebx, ecx, edx: id, ..Default::default() };
+        index += 1;
+        entry
+    })
 }
 
 fn amd_core_count(entry: &mut kvm_cpuid_entry2, count: u32) {
@@ -128,40 +143,43 @@ mod tests {
         kvm_cpuid_entry2 { function, index, eax: !0, ebx: !0, ecx: !0, edx: !0, ..Default::default() }
     }
 
-    fn table(id: u8, count: u8) -> Vec<kvm_cpuid_entry2> {
-        let leaves = [(1, 0), (4, 0), (0xa, 0), (0xb, 0), (0xb, 1), (0xb, 2), (0x8000_0008, 0), (0x8000_001e, 0)];
-        let supported = CpuId::from_entries(&leaves.map(|(leaf, index)| entry(leaf, index))).unwrap();
-        for_vcpu(&supported, id, count).as_slice().to_vec()
+    /// The entry of a leaf and subleaf in the table of a vCPU.
+    fn lookup(id: u8, count: u8, function: u32, index: u32) -> kvm_cpuid_entry2 {
+        let supported = [1, 4, 0xa, 0xb, 0x8000_0008, 0x8000_001e].map(|leaf| entry(leaf, 0));
+        let table = for_vcpu(&CpuId::from_entries(&supported).unwrap(), id, count).unwrap();
+        let mut found = table.as_slice().iter().filter(|entry| (entry.function, entry.index) == (function, index));
+        let entry = *found.next().unwrap();
+        assert!(found.next().is_none(), "only once");
+        entry
     }
 
     #[test]
     fn every_place_that_names_the_apic_id_agrees() {
         for (id, count) in [(0, 1), (0, 2), (3, 4), (200, 254)] {
-            let table = table(id, count);
-            let id = u32::from(id);
-            assert_eq!(table[0].ebx >> 24, id);
-            assert!(table[3..6].iter().all(|topology| topology.edx == id));
-            assert_eq!(table[7].eax, id);
+            let expected = u32::from(id);
+            assert_eq!(lookup(id, count, 1, 0).ebx >> 24, expected);
+            assert!((0..3).all(|index| lookup(id, count, 0xb, index).edx == expected));
+            assert_eq!(lookup(id, count, 0x8000_001e, 0).eax, expected);
         }
     }
 
     #[test]
     fn the_core_count_is_the_same_by_every_way_of_asking() {
         for count in [1_u8, 2, 3, 8, 254] {
-            let table = table(0, count);
+            let leaf = |function, index| lookup(0, count, function, index);
             let count = u32::from(count);
-            assert_eq!(table[0].ebx >> 16 & 0xff, count);
-            assert_eq!(table[4].ebx, count);
-            assert!(1 << table[4].eax >= count, "the id is wide enough");
-            assert_eq!(table[6].ecx & 0xff, count - 1);
-            assert_eq!(table[0].edx & leaf_1::EDX_HTT != 0, count > 1);
+            assert_eq!(leaf(1, 0).ebx >> 16 & 0xff, count);
+            assert_eq!(leaf(0xb, 1).ebx, count);
+            assert!(1 << leaf(0xb, 1).eax >= count, "the id is wide enough");
+            assert_eq!(leaf(0x8000_0008, 0).ecx & 0xff, count - 1);
+            assert_eq!(leaf(1, 0).edx & leaf_1::EDX_HTT != 0, count > 1);
         }
     }
 
     #[test]
     fn counters_are_hidden_and_memory_types_shown() {
-        let table = table(0, 1);
-        assert_eq!(table[2].eax, 0);
-        assert_eq!(table[0].edx & (leaf_1::EDX_MTRR | leaf_1::EDX_PAT), leaf_1::EDX_MTRR | leaf_1::EDX_PAT);
+        assert_eq!(lookup(0, 1, 0xa, 0).eax, 0);
+        let types = leaf_1::EDX_MTRR | leaf_1::EDX_PAT;
+        assert_eq!(lookup(0, 1, 1, 0).edx & types, types);
     }
 }

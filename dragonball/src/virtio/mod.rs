@@ -1,7 +1,9 @@
 //! Virtio: devices, and the PCI transport that carries them.
 
+pub mod blk;
 pub mod console;
 pub mod device;
+pub mod fs;
 pub mod pmem;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]

@@ -29,6 +29,21 @@ pub(crate) struct RingPosition {
     pub(crate) next_used: u16,
 }
 
+/// Where a ring lies, for a device that has to look at it by other means.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) struct RingLayout {
+    /// Entries.
+    pub(crate) size: u16,
+    /// Guest address of the descriptor table.
+    pub(crate) descriptors: u64,
+    /// Guest address of the available ring.
+    pub(crate) available: u64,
+    /// Guest address of the used ring.
+    pub(crate) used: u64,
+    /// The next entry of the available ring to look at, free running.
+    pub(crate) next_available: u16,
+}
+
 /// One ring at work.
 pub(crate) struct Ring {
     index: u16,
@@ -58,6 +73,17 @@ impl Ring {
     /// Where the device is in the ring.
     pub(crate) fn position(&self) -> RingPosition {
         RingPosition { next_avail: self.queue.next_avail(), next_used: self.queue.next_used() }
+    }
+
+    /// Where the ring lies.
+    pub(crate) fn layout(&self) -> RingLayout {
+        RingLayout {
+            size: self.queue.size(),
+            descriptors: self.queue.desc_table(),
+            available: self.queue.avail_ring(),
+            used: self.queue.used_ring(),
+            next_available: self.queue.next_avail(),
+        }
     }
 
     /// Forgets the doorbell's rings up to now.

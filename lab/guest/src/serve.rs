@@ -1,8 +1,10 @@
 //! The command server: one thread per port, one session at a time on each.
 
+use std::convert::Infallible;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::channel;
 use std::time::Duration;
 
 use lab_guest::wire::{Command, Frame, Kind, Refusal, array};
@@ -24,11 +26,18 @@ pub(crate) fn serve_all() -> io::Result<()> {
     if ports.is_empty() {
         return Err(io::Error::other(format!("No port named {PREFIX}* under {PORTS}; is virtio_console loaded?")));
     }
-    let servers: Vec<_> = ports.into_iter().map(|port| std::thread::spawn(move || serve(&port))).collect();
-    for server in servers {
-        server.join().map_err(|_| io::Error::other("A port's server panicked"))??;
+    let (report, failures) = channel();
+    for port in ports {
+        let report = report.clone();
+        std::thread::spawn(move || {
+            let Err(error) = serve(&port);
+            // Always received: below one waits for the first of them.
+            let _ = report.send(io::Error::other(format!("{}: {error}", port.display())));
+        });
     }
-    Ok(())
+    drop(report);
+    // One port's failure ends the server, and init starts it anew with all ports fresh.
+    Err(failures.recv().unwrap_or_else(|_| io::Error::other("All ports' servers panicked")))
 }
 
 fn command_ports() -> io::Result<Vec<PathBuf>> {
@@ -42,7 +51,7 @@ fn command_ports() -> io::Result<Vec<PathBuf>> {
     Ok(ports)
 }
 
-fn serve(path: &Path) -> io::Result<()> {
+fn serve(path: &Path) -> io::Result<Infallible> {
     let mut port = Port::open(path)?;
     let reactor = Reactor::new()?;
     reactor.watch(&port)?;

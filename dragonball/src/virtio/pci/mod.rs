@@ -14,3 +14,6 @@ mod transport;
 pub(crate) use layout::LENGTH as REGION_LENGTH;
 pub(crate) use lines::Lines;
 pub(crate) use transport::{Hardware, Transport};
+
+#[cfg(test)]
+mod tests;

@@ -10,12 +10,13 @@ const EVENT_IDX: u64 = 1 << 29;
 
 /// Bits of `device_status` (virtio 1.2, §2.1).
 pub(super) mod status {
+    #[cfg(test)]
     pub(crate) const ACKNOWLEDGE: u8 = 1;
+    #[cfg(test)]
     pub(crate) const DRIVER: u8 = 2;
     pub(crate) const DRIVER_OK: u8 = 4;
     pub(crate) const FEATURES_OK: u8 = 8;
     pub(crate) const NEEDS_RESET: u8 = 64;
-    pub(crate) const FAILED: u8 = 128;
 }
 
 /// One ring as the driver set it up.
@@ -47,7 +48,10 @@ impl Ring {
         queue.set_used_ring_address(used, used_high);
         queue.set_event_idx(features & EVENT_IDX != 0);
         queue.set_ready(true);
-        (queue.size() == self.size && queue.is_valid(memory)).then_some(queue)
+        // The queue keeps its old value where a new one is out of range or not aligned.
+        let taken =
+            queue.size() == self.size && [queue.desc_table(), queue.avail_ring(), queue.used_ring()] == self.addresses;
+        (taken && queue.is_valid(memory)).then_some(queue)
     }
 }
 

@@ -1,0 +1,149 @@
+//! The pod's cgroup on the host (cgroup v2): what the VM uses is accounted and limited where the orchestrator expects it.
+
+use std::path::{Component, Path, PathBuf};
+
+use journal::{Effect, EffectId, Journal};
+
+use crate::error::Error;
+
+/// Where cgroup v2 is mounted.
+const MOUNT: &str = "/sys/fs/cgroup";
+
+/// The cgroup that this process is in.
+#[derive(Debug)]
+pub struct PodCgroup {
+    /// The cgroup that the process came from, to go back to before the pod's own is removed.
+    origin: PathBuf,
+    effects: Vec<EffectId>,
+}
+
+impl PodCgroup {
+    /// Makes the cgroup that the specification names, and moves this process with all its threads into it.
+    ///
+    /// Nothing happens, and `None` is returned, on a host with cgroup v1, or when the specification names none.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when the path is not valid or the kernel refuses.
+    pub fn join(path: &str, journal: &Journal) -> Result<Option<Self>, Error> {
+        if path.is_empty() || !Path::new(MOUNT).join("cgroup.controllers").exists() {
+            tracing::debug!(path, "no pod cgroup: the path is empty, or the host does not have cgroup v2");
+            return Ok(None);
+        }
+        let target = Path::new(MOUNT).join(relative(path)?);
+        let mut cgroup = Self { origin: origin()?, effects: Vec::new() };
+        let entered = cgroup.make(&target, journal).and_then(|()| enter(&target));
+        if let Err(error) = entered {
+            for failure in journal.undo_all(&cgroup.effects) {
+                tracing::warn!(%failure, "the cgroup stays");
+            }
+            return Err(error);
+        }
+        Ok(Some(cgroup))
+    }
+
+    /// Moves this process back, so that the pod's cgroup can be removed.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Host`] when neither the old cgroup nor the root takes the process.
+    pub fn leave(&self) -> Result<(), Error> {
+        enter(&self.origin).or_else(|_| enter(Path::new(MOUNT)))
+    }
+
+    fn make(&mut self, target: &Path, journal: &Journal) -> Result<(), Error> {
+        let missing: Vec<&Path> = target.ancestors().take_while(|path| !path.exists()).collect();
+        for path in missing.into_iter().rev() {
+            self.effects.push(journal.record(Effect::Cgroup { path: path.to_owned() })?);
+            match std::fs::create_dir(path) {
+                // Another pod made the common parent meanwhile.
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                result => result.map_err(Error::host("make the cgroup", path))?,
+            }
+        }
+        Ok(())
+    }
+}
+
+fn enter(cgroup: &Path) -> Result<(), Error> {
+    let procs = cgroup.join("cgroup.procs");
+    // 0 stands for the writer (Documentation/admin-guide/cgroup-v2.rst).
+    std::fs::write(&procs, "0").map_err(Error::host("move the pod process into", &procs))
+}
+
+/// The v2 cgroup of this process, below the mount.
+fn origin() -> Result<PathBuf, Error> {
+    let text = std::fs::read_to_string("/proc/self/cgroup").map_err(Error::host("read", "/proc/self/cgroup"))?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::")).unwrap_or("/");
+    Ok(Path::new(MOUNT).join(path.trim_start_matches('/')))
+}
+
+/// The path below the mount: as given for the cgroupfs driver, expanded for systemd's `slice:prefix:name`.
+fn relative(path: &str) -> Result<PathBuf, Error> {
+    let bad =
+        |why: &str| Error::Invalid(format!("linux.cgroupsPath {path:?} {why}; give /parent/name or slice:prefix:name"));
+    let relative = match *path.split(':').collect::<Vec<_>>().as_slice() {
+        [plain] => PathBuf::from(plain.trim_start_matches('/')),
+        [slice, prefix, name] => {
+            let mut path = expand_slice(slice).ok_or_else(|| bad("names no systemd slice"))?;
+            path.push(if name.ends_with(".slice") { name.to_owned() } else { format!("{prefix}-{name}.scope") });
+            path
+        }
+        _ => return Err(bad("has the wrong number of colons")),
+    };
+    let plain = relative.components().all(|component| matches!(component, Component::Normal(_)));
+    if !plain || relative.as_os_str().is_empty() {
+        return Err(bad("leaves the cgroup mount"));
+    }
+    Ok(relative)
+}
+
+/// `a-b.slice` lies in `a.slice` (systemd.slice(5)).
+fn expand_slice(slice: &str) -> Option<PathBuf> {
+    let slice = if slice.is_empty() { "system.slice" } else { slice };
+    let stem = slice.strip_suffix(".slice")?;
+    if stem == "-" {
+        return Some(PathBuf::new());
+    }
+    let mut path = PathBuf::new();
+    let mut name = String::new();
+    for part in stem.split('-') {
+        if part.is_empty() || part.contains('/') {
+            return None;
+        }
+        if !name.is_empty() {
+            name.push('-');
+        }
+        name.push_str(part);
+        path.push(format!("{name}.slice"));
+    }
+    Some(path)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_notations_of_a_cgroup_path_give_the_directory_that_runc_uses() {
+        for (path, expected) in [
+            ("/default/redis", "default/redis"),
+            ("kubepods/burstable/pod1/c", "kubepods/burstable/pod1/c"),
+            (
+                "kubepods-burstable-pod1.slice:cri-containerd:abc",
+                "kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod1.slice/cri-containerd-abc.scope",
+            ),
+            (":docker:abc", "system.slice/docker-abc.scope"),
+            ("-.slice:x:y", "x-y.scope"),
+        ] {
+            assert_eq!(relative(path).unwrap(), Path::new(expected));
+        }
+    }
+
+    #[test]
+    fn a_cgroup_path_that_leaves_the_mount_is_refused() {
+        for path in ["/../../etc", "/a/../..", "a:b", "nonsense:a:b", "a--b.slice:x:y", "/", "a.slice:x:../../../y/z"] {
+            assert!(relative(path).is_err(), "{path}");
+        }
+    }
+}

@@ -1,0 +1,86 @@
+//! containerd's stdio: FIFOs that are opened without ever waiting for the other side.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use tokio::net::unix::pipe;
+
+use crate::error::Error;
+
+/// Where a container's output goes.
+#[derive(Debug)]
+pub enum Output {
+    /// A FIFO that this process holds at both ends: a reader that restarts finds what was not read.
+    Fifo(pipe::Sender),
+    /// A file that is appended to.
+    File(tokio::fs::File),
+}
+
+/// Where a container's input comes from.
+#[derive(Debug)]
+pub struct Input {
+    /// The end that is read.
+    pub reader: pipe::Receiver,
+    /// Keeps the FIFO from ending until `CloseIO`, even when a client comes, goes and comes back.
+    pub keep_open: pipe::Sender,
+}
+
+/// Opens the `stdout` or `stderr` of a request; an empty name is none.
+///
+/// # Errors
+///
+/// [`Error::Invalid`] for what is no FIFO and no `file://`, [`Error::Host`] when it cannot be opened.
+pub async fn open_output(name: &str) -> Result<Option<Output>, Error> {
+    if name.is_empty() {
+        return Ok(None);
+    }
+    if let Some(path) = name.strip_prefix("file://") {
+        let path = absolute(path)?;
+        let file = tokio::fs::OpenOptions::new().append(true).create(true).mode(0o640).open(&path).await;
+        return Ok(Some(Output::File(file.map_err(Error::host("open the output", path))?)));
+    }
+    let path = fifo_path(name)?;
+    let sender = pipe::OpenOptions::new().read_write(true).open_sender(&path).map_err(explain(path))?;
+    Ok(Some(Output::Fifo(sender)))
+}
+
+/// Opens the `stdin` of a request; an empty name is none.
+///
+/// # Errors
+///
+/// As [`open_output`].
+pub fn open_input(name: &str) -> Result<Option<Input>, Error> {
+    if name.is_empty() {
+        return Ok(None);
+    }
+    let path = fifo_path(name)?;
+    // The reader first: a writer cannot be opened without one.
+    let reader = pipe::OpenOptions::new().open_receiver(&path).map_err(explain(path.clone()))?;
+    let keep_open = pipe::OpenOptions::new().open_sender(&path).map_err(explain(path))?;
+    Ok(Some(Input { reader, keep_open }))
+}
+
+fn fifo_path(name: &str) -> Result<PathBuf, Error> {
+    let name = name.strip_prefix("fifo://").unwrap_or(name);
+    if name.contains("://") {
+        return Err(Error::Invalid(format!(
+            "stdio {name:?}: this scheme is not supported; use a FIFO, or file:///path for output"
+        )));
+    }
+    absolute(name)
+}
+
+fn absolute(name: &str) -> Result<PathBuf, Error> {
+    if !Path::new(name).is_absolute() {
+        return Err(Error::Invalid(format!("stdio {name:?} is not an absolute path")));
+    }
+    Ok(PathBuf::from(name))
+}
+
+fn explain(path: PathBuf) -> impl FnOnce(std::io::Error) -> Error {
+    move |error| match error.kind() {
+        // What tokio says of a file that is no FIFO.
+        ErrorKind::InvalidInput => Error::Invalid(format!("stdio {}: not a FIFO", path.display())),
+        _ => Error::host("open the FIFO", path)(error),
+    }
+}

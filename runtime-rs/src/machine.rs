@@ -1,0 +1,188 @@
+//! The virtual machine as the pod process sees it, and its making by dragonball.
+
+use std::os::fd::BorrowedFd;
+use std::path::{Path, PathBuf};
+
+use config::Config;
+use dragonball::{ConsoleOutput, FsConfig, MachineConfig, PmemConfig, VsockConfig};
+
+pub use dragonball::ExitReason;
+
+/// What makes virtual machines.
+pub trait Launcher: Send + Sync {
+    /// Starts the machine; it runs when this returns. Blocks for as long as that takes.
+    ///
+    /// # Errors
+    ///
+    /// [`LaunchError`]; nothing of the machine is left then.
+    fn launch(&self, plan: &Plan) -> Result<Box<dyn Machine>, LaunchError>;
+}
+
+/// A running virtual machine. Dropping it ends it.
+pub trait Machine: Send + Sync {
+    /// Readable once the machine has ended; never read from.
+    fn exit_event(&self) -> BorrowedFd<'_>;
+    /// Why it ended; `None` while it runs.
+    fn exit_reason(&self) -> Option<ExitReason>;
+    /// Asks it to end at once; the exit event tells when it has.
+    fn stop(&self);
+    /// The last of what the guest wrote to its console.
+    fn console_tail(&self) -> String;
+    /// What happened when, in nanoseconds of CLOCK_MONOTONIC.
+    fn stamps(&self) -> Vec<(&'static str, u64)>;
+}
+
+/// What a sandbox's machine consists of.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plan {
+    /// Guest kernel.
+    pub kernel: PathBuf,
+    /// Read-only guest image.
+    pub image: PathBuf,
+    /// Added to the machine's own kernel command line.
+    pub cmdline: String,
+    /// Number of vCPUs.
+    pub vcpus: u8,
+    /// Guest memory in bytes.
+    pub memory: u64,
+    /// Directory that the containers share with the host.
+    pub shared: PathBuf,
+    /// Unix socket of the vsock device.
+    pub vsock: PathBuf,
+    /// File for the debug UART's output; none without debugging.
+    pub debug_console: Option<PathBuf>,
+}
+
+/// A machine that could not be started.
+#[derive(Debug, thiserror::Error)]
+pub enum LaunchError {
+    /// The caller asked for something that does not exist or is out of range.
+    #[error("the virtual machine cannot be started with this configuration")]
+    Config(#[source] dragonball::ConfigError),
+    /// The host did not give what the machine needs.
+    #[error("the virtual machine cannot be started")]
+    Start(#[source] dragonball::StartError),
+    /// The guest image is no file system of the kind that the kernel is told to mount.
+    #[error("guest image {path}: {problem}; build it again with `make`, or correct `image` in the configuration")]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        problem: String,
+    },
+}
+
+impl Plan {
+    /// The machine of a sandbox whose sockets and shared directory are given.
+    #[must_use]
+    pub fn new(config: &Config, vsock: &Path, shared: &Path, debug_console: Option<PathBuf>) -> Self {
+        let hypervisor = &config.hypervisor;
+        let mut cmdline =
+            String::from("root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/kata-agent");
+        if config.agent.enable_debug {
+            cmdline.push_str(" agent.log=debug");
+        }
+        if !hypervisor.kernel_params.trim().is_empty() {
+            cmdline.push(' ');
+            cmdline.push_str(hypervisor.kernel_params.trim());
+        }
+        Self {
+            kernel: hypervisor.kernel.clone(),
+            image: hypervisor.image.clone(),
+            cmdline,
+            vcpus: hypervisor.default_vcpus,
+            // dragonball takes multiples of 2 MiB; the configuration counts in MiB.
+            memory: hypervisor.default_memory.next_multiple_of(dragonball::config::MEMORY_GRANULE),
+            shared: shared.to_owned(),
+            vsock: vsock.to_owned(),
+            debug_console,
+        }
+    }
+}
+
+/// Makes machines with dragonball, in this process.
+#[derive(Debug, Default)]
+pub struct Dragonball;
+
+impl Launcher for Dragonball {
+    fn launch(&self, plan: &Plan) -> Result<Box<dyn Machine>, LaunchError> {
+        check_image(&plan.image)?;
+        let mut config = MachineConfig::new(&plan.kernel);
+        config.cmdline.clone_from(&plan.cmdline);
+        config.vcpus = plan.vcpus;
+        config.memory = plan.memory;
+        config.pmem = vec![PmemConfig { path: plan.image.clone(), read_only: true }];
+        config.fs = vec![FsConfig { tag: protocols::SHARED_TAG.to_owned(), directory: plan.shared.clone() }];
+        config.vsock = Some(VsockConfig { guest_cid: protocols::GUEST_CID, socket: plan.vsock.clone() });
+        // The console is there for its tail alone, which error reports quote.
+        config.console = ConsoleOutput::File(PathBuf::from("/dev/null"));
+        if let Some(path) = &plan.debug_console {
+            config.debug_uart = ConsoleOutput::File(path.clone());
+        }
+        match dragonball::start(config) {
+            Ok(vm) => Ok(Box::new(vm)),
+            Err(dragonball::StartError::Config(error)) => Err(LaunchError::Config(error)),
+            Err(error) => Err(LaunchError::Start(error)),
+        }
+    }
+}
+
+impl Machine for dragonball::Vm {
+    fn exit_event(&self) -> BorrowedFd<'_> {
+        Self::exit_event(self)
+    }
+
+    fn exit_reason(&self) -> Option<ExitReason> {
+        Self::exit_reason(self)
+    }
+
+    fn stop(&self) {
+        Self::stop(self);
+    }
+
+    fn console_tail(&self) -> String {
+        Self::console_tail(self)
+    }
+
+    fn stamps(&self) -> Vec<(&'static str, u64)> {
+        Self::stamps(self)
+    }
+}
+
+/// EROFS super block: at byte 1024, magic 0xE0F5E1E2 little-endian (linux/fs/erofs/erofs_fs.h).
+const EROFS_MAGIC: [u8; 4] = 0xE0F5_E1E2_u32.to_le_bytes();
+
+/// A guest whose root cannot be mounted panics a second later with a text that names no file: this one does.
+fn check_image(path: &Path) -> Result<(), LaunchError> {
+    use std::os::unix::fs::FileExt;
+    let bad = |problem: String| LaunchError::Image { path: path.to_owned(), problem };
+    let file = std::fs::File::open(path).map_err(|error| bad(format!("cannot be opened: {error}")))?;
+    let mut magic = [0; 4];
+    file.read_exact_at(&mut magic, 1024).map_err(|error| bad(format!("has no super block: {error}")))?;
+    if magic != EROFS_MAGIC {
+        return Err(bad("is not an EROFS file system".to_owned()));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_image_without_the_magic_is_refused_by_name() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let message = check_image(file.path()).unwrap_err().to_string();
+        assert!(message.contains("has no super block"), "{message}");
+        std::fs::write(file.path(), vec![0; 4096]).unwrap();
+        let message = check_image(file.path()).unwrap_err().to_string();
+        assert!(
+            message.contains("is not an EROFS") && message.contains(&file.path().display().to_string()),
+            "{message}"
+        );
+        let mut image = vec![0; 4096];
+        image[1024..1028].copy_from_slice(&[0xE2, 0xE1, 0xF5, 0xE0]);
+        std::fs::write(file.path(), image).unwrap();
+        check_image(file.path()).unwrap();
+    }
+}

@@ -1,0 +1,220 @@
+//! `Create`: the sandbox at the first container, then the container in it.
+
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use config::Config;
+use journal::{Effect, EffectId};
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
+use protocols::agent::ContainerOptions;
+use protocols::containerd::api::{CreateTaskRequest, Mount};
+use protocols::containerd::events::task::{TaskCreate, TaskIO};
+use protocols::containerd::topics::TASK_CREATE_EVENT_TOPIC;
+use protocols::containerd::ttrpc;
+use protocols::{BUNDLES_DIR, CONTAINER_OPTIONS_TYPE_URL, SHARED_DIR};
+
+use super::Pod;
+use super::containers::{self, Container};
+use super::process::Process;
+use super::sandbox::Sandbox;
+use super::stdio::{Names, Pumps};
+use crate::error::Error;
+use crate::host::blocking;
+use crate::host::cgroup::PodCgroup;
+use crate::host::share::{self, Share};
+use crate::paths;
+use crate::spec::{Bind, GuestSpec, Role, Spec};
+
+/// Makes container `request.id`, and the sandbox if it is the first one.
+///
+/// # Errors
+///
+/// [`Error`]; nothing of the container is left then.
+pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest) -> Result<u32, Error> {
+    pod.stamp("Create");
+    paths::check("id", &request.id)?;
+    if !request.checkpoint.is_empty() {
+        let text = "a container cannot be restored from a checkpoint; create it without one";
+        return Err(Error::Unsupported(text.to_owned()));
+    }
+    let reservation = pod.containers.reserve(&request.id)?;
+    let container = match prepare(pod, &request).await? {
+        Some(prepared) => make(pod, &request, prepared).await?,
+        None => pause(&request),
+    };
+    let container = reservation.fill(container);
+    if !container.is_pause() {
+        containers::watch(pod, &container, container.init());
+    }
+    pod.stamp("container created");
+    let event = TaskCreate {
+        container_id: request.id,
+        bundle: request.bundle,
+        rootfs: request.rootfs,
+        io: MessageField::some(TaskIO {
+            stdin: request.stdin,
+            stdout: request.stdout,
+            stderr: request.stderr,
+            terminal: request.terminal,
+            ..TaskIO::default()
+        }),
+        pid: Pod::pid(),
+        ..TaskCreate::default()
+    };
+    pod.events.publish(TASK_CREATE_EVENT_TOPIC, &event);
+    Ok(Pod::pid())
+}
+
+/// What the host has ready for a container.
+struct Prepared {
+    guest: GuestSpec,
+    effects: Vec<EffectId>,
+    sandbox: Arc<Sandbox>,
+}
+
+/// Prepares storage while the machine boots, if it does not run yet. Nothing for a sandbox container, which has no
+/// process of its own.
+async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<Prepared>, Error> {
+    let bundle = PathBuf::from(&request.bundle);
+    let spec = blocking::run("bundle", move || Spec::read(&bundle)).await??;
+    let role = spec.role(&request.id);
+    if let Role::Member(_) = role {
+        let sandbox = Arc::clone(pod.sandbox()?);
+        let (guest, effects) = store(pod, request, spec).await?;
+        return Ok(Some(Prepared { guest, effects, sandbox }));
+    }
+    let hostname = spec.hostname().to_owned();
+    let named = containers::config_path(request.options.as_ref())?;
+    let config = found(pod, spec.cgroups_path().to_owned(), named).await?;
+    if let Role::Sandbox(_) = role {
+        boot(pod, &config, &hostname).await?;
+        return Ok(None);
+    }
+    match tokio::join!(store(pod, request, spec), boot(pod, &config, &hostname)) {
+        (Ok((guest, effects)), Ok(sandbox)) => Ok(Some(Prepared { guest, effects, sandbox })),
+        (Ok((_, effects)), Err(error)) => {
+            containers::undo(pod, effects).await;
+            Err(error)
+        }
+        (Err(error), _) => Err(error),
+    }
+}
+
+/// What a sandbox needs on the host before its machine starts.
+async fn found(pod: &Arc<Pod>, cgroups_path: String, config: Option<PathBuf>) -> Result<Config, Error> {
+    let pod = Arc::clone(pod);
+    blocking::run("found", move || {
+        let (config, _) = Config::load(config.as_deref())?;
+        pod.facts().timeline_dir.clone_from(&config.runtime.timeline_dir);
+        pod.stamp("configuration read");
+        // Before the machine: its memory is to be charged to the pod.
+        let cgroup = PodCgroup::join(&cgroups_path, &pod.journal)?;
+        pod.facts().cgroup = cgroup;
+        share::prepare(&pod.paths, &pod.journal)?;
+        if config.hypervisor.enable_debug {
+            pod.journal.record(Effect::File { path: pod.paths.console() })?;
+        }
+        Ok(config)
+    })
+    .await?
+}
+
+async fn boot(pod: &Arc<Pod>, config: &Config, hostname: &str) -> Result<Arc<Sandbox>, Error> {
+    let boot = async || Ok::<_, Error>(Arc::new(Sandbox::boot(pod, config, hostname).await?));
+    let sandbox = Arc::clone(pod.sandbox.get_or_try_init(boot).await?);
+    containers::watch_sandbox(pod, &sandbox);
+    Ok(sandbox)
+}
+
+/// Mounts what the container has on the host, and rewrites its specification accordingly.
+async fn store(pod: &Arc<Pod>, request: &CreateTaskRequest, spec: Spec) -> Result<(GuestSpec, Vec<EffectId>), Error> {
+    let (pod, id, rootfs) = (Arc::clone(pod), request.id.clone(), request.rootfs.clone());
+    blocking::run("store", move || {
+        let root = spec.root();
+        let guest = spec.into_guest(&id)?;
+        let mut share = Share::create(&pod.paths, &id, &pod.journal)?;
+        let mounted = mount_all(&mut share, &rootfs, &root, &guest.binds);
+        let effects = std::mem::take(&mut share.effects);
+        if let Err(error) = mounted {
+            for failure in pod.journal.undo_all(&effects) {
+                tracing::warn!(%failure, "left behind");
+            }
+            return Err(error);
+        }
+        pod.stamp("rootfs mounted");
+        Ok((guest, effects))
+    })
+    .await?
+}
+
+fn mount_all(share: &mut Share<'_>, rootfs: &[Mount], root: &Path, binds: &[Bind]) -> Result<(), Error> {
+    share.rootfs(rootfs, root)?;
+    binds.iter().try_for_each(|bind| share.bind(bind.number, &bind.source, bind.recursive))
+}
+
+/// The container that stands for a pod.
+fn pause(request: &CreateTaskRequest) -> Container {
+    let init = Process::new(String::new(), names(request), Pumps::default());
+    Container::new(request.id.clone(), request.bundle.clone(), init, Vec::new(), true)
+}
+
+/// Makes the container in the guest.
+async fn make(pod: &Arc<Pod>, request: &CreateTaskRequest, prepared: Prepared) -> Result<Container, Error> {
+    let Prepared { guest, effects, sandbox } = prepared;
+    let names = names(request);
+    let made = async {
+        let (streams, pumps) = Pumps::start(&names, &pod.streams, &pod.first_byte).await?;
+        let request = guest_request(&request.id, guest, &streams)?;
+        let context = ttrpc::context::with_duration(sandbox.create_timeout);
+        sandbox.task.create(context, &request).await.map_err(|error| sandbox.explain(error))?;
+        Ok(pumps)
+    };
+    match made.await {
+        Ok(pumps) => {
+            let init = Process::new(String::new(), names, pumps);
+            Ok(Container::new(request.id.clone(), request.bundle.clone(), init, effects, false))
+        }
+        Err(error) => {
+            containers::undo(pod, effects).await;
+            Err(error)
+        }
+    }
+}
+
+fn names(request: &CreateTaskRequest) -> Names {
+    Names {
+        stdin: request.stdin.clone(),
+        stdout: request.stdout.clone(),
+        stderr: request.stderr.clone(),
+        terminal: request.terminal,
+    }
+}
+
+/// The request as the agent takes it: paths of the guest, streams, and the rewritten specification.
+fn guest_request(id: &str, guest: GuestSpec, streams: &Names) -> Result<CreateTaskRequest, Error> {
+    let options = ContainerOptions { spec: guest.json, ..ContainerOptions::default() };
+    let options = Any {
+        type_url: CONTAINER_OPTIONS_TYPE_URL.to_owned(),
+        value: options.write_to_bytes().map_err(|error| Error::Invalid(error.to_string()))?,
+        ..Any::default()
+    };
+    let rootfs = Mount {
+        type_: "bind".to_owned(),
+        source: format!("{SHARED_DIR}/{id}/rootfs"),
+        target: format!("{BUNDLES_DIR}/{id}/rootfs"),
+        options: vec!["rbind".to_owned()],
+        ..Mount::default()
+    };
+    Ok(CreateTaskRequest {
+        id: id.to_owned(),
+        bundle: format!("{BUNDLES_DIR}/{id}"),
+        rootfs: vec![rootfs],
+        terminal: streams.terminal,
+        stdin: streams.stdin.clone(),
+        stdout: streams.stdout.clone(),
+        stderr: streams.stderr.clone(),
+        options: MessageField::some(options),
+        ..CreateTaskRequest::default()
+    })
+}

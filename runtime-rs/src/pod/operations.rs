@@ -1,0 +1,287 @@
+//! What containerd asks of an existing container: checked against its state on the host, carried out by the agent.
+
+use std::sync::Arc;
+
+use protobuf::well_known_types::any::Any;
+use protobuf::{Message, MessageField};
+use protocols::containerd::api::{
+    DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest, ResizePtyRequest, ResumeRequest, StartRequest,
+    StatsRequest, StatsResponse, UpdateTaskRequest,
+};
+use protocols::containerd::cgroups_v2::metrics::Metrics;
+use protocols::containerd::events::task::{
+    TaskDelete, TaskExecAdded, TaskExecStarted, TaskPaused, TaskResumed, TaskStart,
+};
+use protocols::containerd::topics::{
+    TASK_DELETE_EVENT_TOPIC, TASK_EXEC_ADDED_EVENT_TOPIC, TASK_EXEC_STARTED_EVENT_TOPIC, TASK_PAUSED_EVENT_TOPIC,
+    TASK_RESUMED_EVENT_TOPIC, TASK_START_EVENT_TOPIC,
+};
+use protocols::containerd::ttrpc;
+use ttrpc::context::Context;
+
+use super::Pod;
+use super::containers::{self, Container, wrong_phase};
+use super::process::{Exit, Phase, Process};
+use super::service::CALL_DEADLINE;
+use super::stdio::{Names, Pumps};
+use crate::error::Error;
+use crate::paths;
+
+/// SIGKILL, as the Task API numbers signals.
+const SIGKILL: u32 = 9;
+
+fn deadline() -> Context {
+    ttrpc::context::with_duration(CALL_DEADLINE)
+}
+
+/// Starts an init or an exec.
+///
+/// # Errors
+///
+/// [`Error::State`] unless it is created; the agent's answer, for example that there is no such program.
+pub async fn start(pod: &Arc<Pod>, request: &StartRequest) -> Result<(), Error> {
+    let container = pod.containers.get(&request.id)?;
+    let process = container.process(&request.exec_id)?;
+    if !process.advance(&Phase::Created, Phase::Starting) {
+        return Err(wrong_phase("start", &process.phase()));
+    }
+    if !container.is_pause()
+        && let Err(error) = start_in_guest(pod, request).await
+    {
+        process.advance(&Phase::Starting, Phase::Created);
+        return Err(error);
+    }
+    pod.stamp("started");
+    let pid = Pod::pid();
+    if request.exec_id.is_empty() {
+        let event = TaskStart { container_id: container.id.clone(), pid, ..TaskStart::default() };
+        pod.events.publish(TASK_START_EVENT_TOPIC, &event);
+    } else {
+        let (container_id, exec_id) = (container.id.clone(), request.exec_id.clone());
+        let event = TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() };
+        pod.events.publish(TASK_EXEC_STARTED_EVENT_TOPIC, &event);
+    }
+    // After the event: a process that has ended already is told about only now.
+    process.advance(&Phase::Starting, Phase::Running);
+    Ok(())
+}
+
+async fn start_in_guest(pod: &Pod, request: &StartRequest) -> Result<(), Error> {
+    let sandbox = pod.sandbox()?;
+    sandbox.task.start(deadline(), request).await.map_err(|error| sandbox.explain(error))?;
+    Ok(())
+}
+
+/// Adds a process to a running container; `Start` runs it.
+///
+/// # Errors
+///
+/// [`Error`]; nothing of the exec is left then.
+pub async fn exec(pod: &Arc<Pod>, mut request: ExecProcessRequest) -> Result<(), Error> {
+    paths::check("exec id", &request.exec_id)?;
+    let container = pod.containers.get(&request.id)?;
+    if container.is_pause() {
+        let text = "a sandbox container has no processes; execute in one of the pod's containers";
+        return Err(Error::Unsupported(text.to_owned()));
+    }
+    match container.init().phase() {
+        Phase::Starting | Phase::Running => {}
+        phase => return Err(wrong_phase("execute in the container of", &phase)),
+    }
+    let names = Names {
+        stdin: std::mem::take(&mut request.stdin),
+        stdout: std::mem::take(&mut request.stdout),
+        stderr: std::mem::take(&mut request.stderr),
+        terminal: request.terminal,
+    };
+    let (streams, pumps) = Pumps::start(&names, &pod.streams, &pod.first_byte).await?;
+    let process = Process::new(request.exec_id.clone(), names, pumps);
+    container.add_exec(Arc::clone(&process))?;
+    (request.stdin, request.stdout, request.stderr) = (streams.stdin, streams.stdout, streams.stderr);
+    let sandbox = pod.sandbox()?;
+    if let Err(error) = sandbox.task.exec(deadline(), &request).await {
+        container.remove_exec(&request.exec_id);
+        return Err(sandbox.explain(error));
+    }
+    let (container_id, exec_id) = (request.id, request.exec_id);
+    let event = TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() };
+    pod.events.publish(TASK_EXEC_ADDED_EVENT_TOPIC, &event);
+    containers::watch(pod, &container, &process);
+    Ok(())
+}
+
+/// Sends a signal.
+///
+/// # Errors
+///
+/// [`Error::NotFound`] for a process that has ended, as containerd expects of a runtime.
+pub async fn kill(pod: &Arc<Pod>, request: &KillRequest) -> Result<(), Error> {
+    let container = pod.containers.get(&request.id)?;
+    let process = container.process(&request.exec_id)?;
+    if process.exit().is_some() {
+        return Err(Error::NotFound("process already finished".to_owned()));
+    }
+    if container.is_pause() {
+        let exit = Exit { status: 128 + request.signal.min(64), at: Exit::now() };
+        containers::stopped(pod, &container, &process, exit);
+        return Ok(());
+    }
+    let sandbox = pod.sandbox()?;
+    sandbox.task.kill(deadline(), request).await.map_err(|error| sandbox.explain(error))?;
+    Ok(())
+}
+
+/// Forgets a process that has ended, or that never ran; with the init, the container and its storage.
+///
+/// # Errors
+///
+/// [`Error::State`] while it runs.
+pub async fn delete(pod: &Arc<Pod>, request: &DeleteRequest) -> Result<Exit, Error> {
+    let container = pod.containers.get(&request.id)?;
+    let process = container.process(&request.exec_id)?;
+    let ran = match process.phase() {
+        Phase::Stopped(_) => true,
+        Phase::Created => false,
+        phase => return Err(wrong_phase("delete", &phase)),
+    };
+    if !container.is_pause() {
+        if !ran && request.exec_id.is_empty() {
+            end_created(pod, &container, &process).await;
+        }
+        delete_in_guest(pod, request).await?;
+    }
+    if ran {
+        process.drain().await;
+    }
+    let exit = process.exit().unwrap_or_else(Exit::killed);
+    if !request.exec_id.is_empty() {
+        container.remove_exec(&request.exec_id);
+        return Ok(exit);
+    }
+    containers::undo(pod, container.take_effects()).await;
+    pod.containers.remove(&container.id);
+    pod.stamp("deleted");
+    let event = TaskDelete {
+        container_id: container.id.clone(),
+        id: container.id.clone(),
+        pid: Pod::pid(),
+        exit_status: exit.status,
+        exited_at: MessageField::some(exit.at.clone()),
+        ..TaskDelete::default()
+    };
+    pod.events.publish(TASK_DELETE_EVENT_TOPIC, &event);
+    Ok(exit)
+}
+
+/// A container that was made but not started has an init in the guest that waits to run.
+async fn end_created(pod: &Pod, container: &Container, process: &Process) {
+    let request = KillRequest { id: container.id.clone(), signal: SIGKILL, ..KillRequest::default() };
+    let Ok(sandbox) = pod.sandbox() else { return };
+    match sandbox.task.kill(deadline(), &request).await {
+        // The guest tells of the end as of any other.
+        Ok(_) => drop(tokio::time::timeout(CALL_DEADLINE, process.wait()).await),
+        Err(error) => tracing::debug!(%error, "a container that never ran could not be killed"),
+    }
+}
+
+async fn delete_in_guest(pod: &Pod, request: &DeleteRequest) -> Result<(), Error> {
+    // With its machine, a container is gone.
+    let Ok(sandbox) = pod.sandbox() else { return Ok(()) };
+    match sandbox.task.delete(deadline(), request).await {
+        Ok(_) => Ok(()),
+        Err(error) => match sandbox.explain(error) {
+            Error::Agent(_, ttrpc::Code::NOT_FOUND) | Error::GuestGone(_) => Ok(()),
+            error => Err(error),
+        },
+    }
+}
+
+/// Tells a terminal its size.
+///
+/// # Errors
+///
+/// The agent's answer.
+pub async fn resize_pty(pod: &Arc<Pod>, request: &ResizePtyRequest) -> Result<(), Error> {
+    pod.containers.get(&request.id)?.process(&request.exec_id)?;
+    let sandbox = pod.sandbox()?;
+    sandbox.task.resize_pty(deadline(), request).await.map_err(|error| sandbox.explain(error))?;
+    Ok(())
+}
+
+/// Freezes a container.
+///
+/// # Errors
+///
+/// [`Error::State`] unless it runs; the agent's answer.
+pub async fn pause(pod: &Arc<Pod>, request: &PauseRequest) -> Result<(), Error> {
+    let container = member(pod, &request.id, "pause")?;
+    if container.init().phase() != Phase::Running {
+        return Err(wrong_phase("pause", &container.init().phase()));
+    }
+    let sandbox = pod.sandbox()?;
+    sandbox.task.pause(deadline(), request).await.map_err(|error| sandbox.explain(error))?;
+    container.init().advance(&Phase::Running, Phase::Paused);
+    let event = TaskPaused { container_id: request.id.clone(), ..TaskPaused::default() };
+    pod.events.publish(TASK_PAUSED_EVENT_TOPIC, &event);
+    Ok(())
+}
+
+/// Thaws a container.
+///
+/// # Errors
+///
+/// [`Error::State`] unless it is paused; the agent's answer.
+pub async fn resume(pod: &Arc<Pod>, request: &ResumeRequest) -> Result<(), Error> {
+    let container = member(pod, &request.id, "resume")?;
+    if container.init().phase() != Phase::Paused {
+        return Err(wrong_phase("resume", &container.init().phase()));
+    }
+    let sandbox = pod.sandbox()?;
+    sandbox.task.resume(deadline(), request).await.map_err(|error| sandbox.explain(error))?;
+    container.init().advance(&Phase::Paused, Phase::Running);
+    let event = TaskResumed { container_id: request.id.clone(), ..TaskResumed::default() };
+    pod.events.publish(TASK_RESUMED_EVENT_TOPIC, &event);
+    Ok(())
+}
+
+/// Changes a container's limits in the guest.
+///
+/// # Errors
+///
+/// The agent's answer.
+pub async fn update(pod: &Arc<Pod>, request: &UpdateTaskRequest) -> Result<(), Error> {
+    member(pod, &request.id, "update")?;
+    let sandbox = pod.sandbox()?;
+    sandbox.task.update(deadline(), request).await.map_err(|error| sandbox.explain(error))?;
+    Ok(())
+}
+
+/// What a container has used, from its cgroup in the guest.
+///
+/// # Errors
+///
+/// The agent's answer.
+pub async fn stats(pod: &Arc<Pod>, request: &StatsRequest) -> Result<StatsResponse, Error> {
+    if pod.containers.get(&request.id)?.is_pause() {
+        // No process, no use.
+        let metrics = Metrics::default();
+        let any = Any {
+            type_url: "io.containerd.cgroups.v2.Metrics".to_owned(),
+            value: metrics.write_to_bytes().map_err(|error| Error::State(error.to_string()))?,
+            ..Any::default()
+        };
+        return Ok(StatsResponse { stats: MessageField::some(any), ..StatsResponse::default() });
+    }
+    let sandbox = pod.sandbox()?;
+    sandbox.task.stats(deadline(), request).await.map_err(|error| sandbox.explain(error))
+}
+
+/// A container that the guest knows.
+fn member(pod: &Pod, id: &str, action: &str) -> Result<Arc<Container>, Error> {
+    let container = pod.containers.get(id)?;
+    if container.is_pause() {
+        let text = format!("cannot {action} a sandbox container; {action} the pod's containers");
+        return Err(Error::Unsupported(text));
+    }
+    Ok(container)
+}

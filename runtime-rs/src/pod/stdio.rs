@@ -1,0 +1,201 @@
+//! The pumps between containerd's FIFOs and the guest's streams.
+//!
+//! Backpressure is the kernel's: a pump reads only what the other side has taken. A pump holds a buffer only while bytes
+//! are on their way, so an idle container costs none.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use protocols::STREAM_SCHEME;
+use tokio::io::AsyncWriteExt;
+use tokio::net::UnixStream;
+use tokio::net::unix::pipe;
+use tokio::task::JoinHandle;
+
+use super::streams::{Opening, Streams};
+use crate::error::Error;
+use crate::host::fifo::{self, Input, Output};
+
+/// One read at most (bytes): half of a pipe, so that a reader that lags by one turn finds room.
+const CHUNK: usize = 32 << 10;
+
+/// The stdio of a process as containerd named it.
+#[derive(Debug, Clone, Default)]
+pub struct Names {
+    /// `stdin` of the request.
+    pub stdin: String,
+    /// `stdout` of the request.
+    pub stdout: String,
+    /// `stderr` of the request; with a terminal there is none.
+    pub stderr: String,
+    /// Whether the process has a terminal.
+    pub terminal: bool,
+}
+
+/// The moment of the first output byte, in nanoseconds of CLOCK_MONOTONIC; 0 before it.
+#[derive(Debug, Default)]
+pub struct FirstByte(AtomicU64);
+
+impl FirstByte {
+    fn mark(&self) {
+        if self.0.load(Ordering::Relaxed) == 0 {
+            self.0.store(timeline::now_ns(), Ordering::Relaxed);
+        }
+    }
+
+    /// When it was, once it was.
+    pub fn get(&self) -> Option<u64> {
+        Some(self.0.load(Ordering::Relaxed)).filter(|at| *at != 0)
+    }
+}
+
+/// The running pumps of one process.
+#[derive(Debug, Default)]
+pub struct Pumps {
+    streams: Option<Arc<Streams>>,
+    ids: Vec<u64>,
+    keep_open: Mutex<Option<pipe::Sender>>,
+    input: Option<JoinHandle<()>>,
+    outputs: Mutex<Vec<JoinHandle<()>>>,
+}
+
+impl Pumps {
+    /// Opens what the names say and starts a pump for each; the pumps wait for the guest's streams. Returns the names
+    /// for the guest.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] of the first name that cannot be opened; no pump runs then.
+    pub async fn start(names: &Names, streams: &Arc<Streams>, first: &Arc<FirstByte>) -> Result<(Names, Self), Error> {
+        let input = fifo::open_input(&names.stdin)?;
+        let stdout = fifo::open_output(&names.stdout).await?;
+        let stderr = if names.terminal { None } else { fifo::open_output(&names.stderr).await? };
+
+        let mut pumps = Self::default();
+        pumps.streams = Some(Arc::clone(streams));
+        let mut guest = Names { terminal: names.terminal, ..Names::default() };
+        if let Some(Input { reader, keep_open }) = input {
+            let opening = pumps.expect(streams, &mut guest.stdin);
+            *pumps.keep_open.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(keep_open);
+            pumps.input = Some(tokio::spawn(pump_in(reader, opening)));
+        }
+        for (output, name) in [(stdout, &mut guest.stdout), (stderr, &mut guest.stderr)] {
+            if let Some(output) = output {
+                let opening = pumps.expect(streams, name);
+                let pump = tokio::spawn(pump_out(opening, output, Arc::clone(first)));
+                pumps.outputs.get_mut().unwrap_or_else(PoisonError::into_inner).push(pump);
+            }
+        }
+        Ok((guest, pumps))
+    }
+
+    fn expect(&mut self, streams: &Streams, name: &mut String) -> Opening {
+        let (id, opening) = streams.expect();
+        *name = format!("{STREAM_SCHEME}{id}");
+        self.ids.push(id);
+        opening
+    }
+
+    /// The client has no more input (`CloseIO`): the process sees the end of file once everything is read.
+    pub fn close_input(&self) {
+        drop(self.keep_open.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+
+    /// Waits until all output is written, for at most `deadline`; then everything is closed.
+    pub async fn finish(&self, deadline: Duration) {
+        let outputs = std::mem::take(&mut *self.outputs.lock().unwrap_or_else(PoisonError::into_inner));
+        let deadline = tokio::time::Instant::now() + deadline;
+        for mut pump in outputs {
+            if tokio::time::timeout_at(deadline, &mut pump).await.is_err() {
+                tracing::warn!("the reader of a container's output is too slow; what it did not read is lost");
+                pump.abort();
+            }
+        }
+        self.close_input();
+        if let Some(input) = &self.input {
+            input.abort();
+        }
+    }
+}
+
+impl Drop for Pumps {
+    fn drop(&mut self) {
+        for pump in self.outputs.get_mut().unwrap_or_else(PoisonError::into_inner).iter().chain(&self.input) {
+            pump.abort();
+        }
+        if let Some(streams) = &self.streams {
+            for id in &self.ids {
+                streams.cancel(*id);
+            }
+        }
+    }
+}
+
+async fn pump_in(reader: pipe::Receiver, opening: Opening) {
+    let Ok(mut stream) = opening.await else { return };
+    let result: std::io::Result<()> = async {
+        loop {
+            reader.readable().await?;
+            let mut buffer = Vec::with_capacity(CHUNK);
+            match reader.try_read_buf(&mut buffer) {
+                Ok(0) => return stream.shutdown().await,
+                Ok(_) => stream.write_all(&buffer).await?,
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    .await;
+    // A process that ends or closes its input early is none of our business.
+    if let Err(error) = result {
+        tracing::debug!(%error, "the input of a process ended");
+        return;
+    }
+    // The guest may still read: the stream lives until the guest closes it.
+    wait_closed(&stream).await;
+}
+
+/// Waits until the peer has closed the stream; input streams carry nothing towards the host.
+async fn wait_closed(stream: &UnixStream) {
+    let mut buffer = [0; 64];
+    while stream.readable().await.is_ok() {
+        match stream.try_read(&mut buffer) {
+            Ok(count) if count > 0 => {}
+            Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+            _ => return,
+        }
+    }
+}
+
+async fn pump_out(opening: Opening, mut output: Output, first: Arc<FirstByte>) {
+    let Ok(stream) = opening.await else { return };
+    let result: std::io::Result<()> = async {
+        loop {
+            stream.readable().await?;
+            let mut buffer = Vec::with_capacity(CHUNK);
+            match stream.try_read_buf(&mut buffer) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {
+                    first.mark();
+                    match &mut output {
+                        Output::Fifo(fifo) => fifo.write_all(&buffer).await?,
+                        Output::File(file) => file.write_all(&buffer).await?,
+                    }
+                }
+                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+    .await;
+    if let Err(error) = result {
+        tracing::warn!(%error, "the output of a process ended early");
+    }
+    if let Output::File(mut file) = output {
+        // Its writes are queued; dropping it would lose the last one.
+        if let Err(error) = file.flush().await {
+            tracing::warn!(%error, "the output of a process was not written whole");
+        }
+    }
+}

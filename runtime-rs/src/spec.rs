@@ -1,0 +1,349 @@
+//! The OCI specification: read from the bundle, and rewritten for the guest.
+//!
+//! What names something of the host is replaced by what the guest has instead, or refused: the container must never get
+//! something else than it asked for. The specification stays JSON all the way, so that a field that is newer than this
+//! runtime reaches the agent untouched.
+
+use std::collections::HashMap;
+use std::io::Read;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use protocols::{BUNDLES_DIR, SHARED_DIR};
+use serde_json::{Map, Value, json};
+
+use crate::start::MAX_SPEC;
+
+/// Why a container cannot be made from this specification.
+#[derive(Debug, thiserror::Error)]
+pub enum SpecError {
+    /// The bundle's file cannot be read or is no JSON object.
+    #[error("{}: {problem}; give a bundle with a valid OCI config.json", path.display())]
+    Unreadable {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
+    /// A device that does not exist in the guest.
+    #[error(
+        "device {path} ({kind} {major}:{minor}): the virtual machine has no such device; remove it from the container, or \
+         set `privileged_without_host_devices = true` for this runtime in containerd if the container is privileged"
+    )]
+    Device {
+        /// Path in the container.
+        path: String,
+        /// `b`, `c`, `u` or `p`.
+        kind: String,
+        /// Major number.
+        major: i64,
+        /// Minor number.
+        minor: i64,
+    },
+    /// A mount whose source does not exist or is of no use to a guest.
+    #[error("mount of {source_path} on {destination}: {problem}")]
+    Mount {
+        /// Path on the host.
+        source_path: String,
+        /// Path in the container.
+        destination: String,
+        /// What is wrong, and the remedy.
+        problem: String,
+    },
+}
+
+/// What a container is to its sandbox.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Role {
+    /// A sandbox of its own, as `ctr run` and docker make them.
+    Single(String),
+    /// The sandbox container of an orchestrator: it stands for the pod and has no process of its own.
+    Sandbox(String),
+    /// A container in the sandbox of this id.
+    Member(String),
+}
+
+/// Annotations that tell the role, and those that name the sandbox: containerd's CRI, then CRI-O.
+const ROLE_KEYS: [(&str, &str); 2] = [
+    ("io.kubernetes.cri.container-type", "io.kubernetes.cri.sandbox-id"),
+    ("io.kubernetes.cri-o.ContainerType", "io.kubernetes.cri-o.SandboxID"),
+];
+
+impl Role {
+    /// The role of container `id`.
+    #[must_use]
+    pub fn of(annotations: &HashMap<String, String>, id: &str) -> Self {
+        for (kind, sandbox) in ROLE_KEYS {
+            match (annotations.get(kind).map(String::as_str), annotations.get(sandbox)) {
+                (Some("sandbox"), _) => return Self::Sandbox(id.to_owned()),
+                (Some("container"), Some(sandbox)) => return Self::Member(sandbox.clone()),
+                _ => {}
+            }
+        }
+        Self::Single(id.to_owned())
+    }
+
+    /// The sandbox's id.
+    #[must_use]
+    pub fn sandbox(&self) -> &str {
+        match self {
+            Self::Single(id) | Self::Sandbox(id) | Self::Member(id) => id,
+        }
+    }
+}
+
+/// A specification as the bundle has it.
+#[derive(Debug)]
+pub struct Spec {
+    fields: Map<String, Value>,
+    bundle: PathBuf,
+}
+
+/// A file or directory of the host that the container sees.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Bind {
+    /// Names it among the container's shared mounts.
+    pub number: usize,
+    /// Path on the host.
+    pub source: PathBuf,
+    /// With the mounts below it.
+    pub recursive: bool,
+}
+
+/// A specification for the agent.
+#[derive(Debug)]
+pub struct GuestSpec {
+    /// As JSON.
+    pub json: Vec<u8>,
+    /// What the host must share first.
+    pub binds: Vec<Bind>,
+}
+
+impl Spec {
+    /// Reads `<bundle>/config.json`.
+    ///
+    /// # Errors
+    ///
+    /// [`SpecError::Unreadable`].
+    pub fn read(bundle: &Path) -> Result<Self, SpecError> {
+        let path = bundle.join("config.json");
+        let bad = |problem: String| SpecError::Unreadable { path: path.clone(), problem };
+        let mut text = Vec::new();
+        let file = std::fs::File::open(&path).map_err(|error| bad(error.to_string()))?;
+        file.take(MAX_SPEC + 1).read_to_end(&mut text).map_err(|error| bad(error.to_string()))?;
+        if text.len() as u64 > MAX_SPEC {
+            return Err(bad(format!("larger than the limit of {MAX_SPEC} bytes")));
+        }
+        let fields = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;
+        Ok(Self { fields, bundle: bundle.to_owned() })
+    }
+
+    /// What container `id` is to its sandbox.
+    #[must_use]
+    pub fn role(&self, id: &str) -> Role {
+        let annotations = self.fields.get("annotations").and_then(Value::as_object);
+        let text = |(key, value): (&String, &Value)| Some((key.clone(), value.as_str()?.to_owned()));
+        Role::of(&annotations.into_iter().flatten().filter_map(text).collect(), id)
+    }
+
+    /// The host name that the sandbox gets; empty for none.
+    #[must_use]
+    pub fn hostname(&self) -> &str {
+        self.fields.get("hostname").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The cgroup that the host keeps the pod in; empty for none.
+    #[must_use]
+    pub fn cgroups_path(&self) -> &str {
+        self.fields.get("linux").and_then(|linux| linux.get("cgroupsPath")).and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The root file system on the host, for a container that comes without rootfs mounts.
+    #[must_use]
+    pub fn root(&self) -> PathBuf {
+        let path = self.fields.get("root").and_then(|root| root.get("path")).and_then(Value::as_str);
+        self.bundle.join(path.unwrap_or("rootfs"))
+    }
+
+    /// Rewrites the specification for container `id` in the guest.
+    ///
+    /// # Errors
+    ///
+    /// [`SpecError::Device`] and [`SpecError::Mount`].
+    pub fn into_guest(mut self, id: &str) -> Result<GuestSpec, SpecError> {
+        let root = object(&mut self.fields, "root");
+        root.insert("path".to_owned(), json!(format!("{BUNDLES_DIR}/{id}/rootfs")));
+        let binds = rewrite_mounts(&mut self.fields, id)?;
+        rewrite_hooks(&mut self.fields);
+        if let Some(process) = self.fields.get_mut("process").and_then(Value::as_object_mut) {
+            // Labels of the host's security modules; the guest has none.
+            process.remove("apparmorProfile");
+            process.remove("selinuxLabel");
+        }
+        rewrite_linux(object(&mut self.fields, "linux"), id)?;
+        let json = serde_json::to_vec(&self.fields)
+            .map_err(|error| SpecError::Unreadable { path: self.bundle, problem: error.to_string() })?;
+        Ok(GuestSpec { json, binds })
+    }
+}
+
+/// The object of this name, made if there is none.
+fn object<'a>(fields: &'a mut Map<String, Value>, name: &str) -> &'a mut Map<String, Value> {
+    let value = fields.entry(name).or_insert(Value::Null);
+    if !value.is_object() {
+        *value = Value::Object(Map::new());
+    }
+    match value {
+        Value::Object(object) => object,
+        _ => unreachable!("just made an object"),
+    }
+}
+
+fn rewrite_hooks(fields: &mut Map<String, Value>) {
+    let Some(hooks) = fields.get_mut("hooks").and_then(Value::as_object_mut) else { return };
+    // All others run programs of the host (runtime-spec, "POSIX-platform Hooks").
+    hooks.retain(|kind, list| {
+        let keep = kind == "startContainer";
+        if !keep && list.as_array().is_some_and(|list| !list.is_empty()) {
+            tracing::warn!(kind, "hooks of the host are not run for a container in a virtual machine");
+        }
+        keep
+    });
+}
+
+fn rewrite_linux(linux: &mut Map<String, Value>, id: &str) -> Result<(), SpecError> {
+    linux.insert("cgroupsPath".to_owned(), json!(format!("/{id}")));
+    // Labels and CPU cache classes of the host.
+    linux.remove("mountLabel");
+    linux.remove("intelRdt");
+    rewrite_namespaces(linux);
+    if let Some(seccomp) = linux.get_mut("seccomp").and_then(Value::as_object_mut) {
+        // A socket of the host.
+        seccomp.remove("listenerPath");
+        seccomp.remove("listenerMetadata");
+    }
+    for device in linux.get("devices").and_then(Value::as_array).into_iter().flatten() {
+        check_device(device)?;
+    }
+    if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
+        // Devices and network classes of the host.
+        for host_only in ["blockIO", "network", "rdma"] {
+            resources.remove(host_only);
+        }
+        if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+            // CPUs and nodes of the host.
+            cpu.remove("cpus");
+            cpu.remove("mems");
+        }
+    }
+    Ok(())
+}
+
+/// The virtual machine is the pod's network; a namespace that the specification names by a path belongs to the pod, and
+/// the pod's own are the guest's.
+fn rewrite_namespaces(linux: &mut Map<String, Value>) {
+    let Some(namespaces) = linux.get_mut("namespaces").and_then(Value::as_array_mut) else { return };
+    namespaces.retain_mut(|namespace| {
+        let kind = namespace.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
+        let named = namespace.as_object_mut().and_then(|namespace| namespace.remove("path")).is_some();
+        match kind.as_str() {
+            "network" => false,
+            "ipc" | "uts" => !named,
+            "pid" if named => {
+                tracing::warn!("the container gets a PID namespace of its own instead of the sandbox's");
+                true
+            }
+            _ => true,
+        }
+    });
+}
+
+/// Character devices that every guest has: path, major, minor (Documentation/admin-guide/devices.txt).
+const GUEST_DEVICES: [(&str, i64, i64); 10] = [
+    ("/dev/null", 1, 3),
+    ("/dev/zero", 1, 5),
+    ("/dev/full", 1, 7),
+    ("/dev/random", 1, 8),
+    ("/dev/urandom", 1, 9),
+    ("/dev/tty", 5, 0),
+    ("/dev/console", 5, 1),
+    ("/dev/ptmx", 5, 2),
+    ("/dev/net/tun", 10, 200),
+    ("/dev/fuse", 10, 229),
+];
+
+fn in_guest(major: i64, minor: i64) -> Option<&'static str> {
+    GUEST_DEVICES.iter().find(|(_, a, b)| (*a, *b) == (major, minor)).map(|(path, _, _)| *path)
+}
+
+fn check_device(device: &Value) -> Result<(), SpecError> {
+    let text = |key| device.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+    let number = |key| device.get(key).and_then(Value::as_i64).unwrap_or_default();
+    let (kind, major, minor) = (text("type"), number("major"), number("minor"));
+    // A FIFO is made, not opened: it needs no driver.
+    if kind == "p" || (matches!(kind.as_str(), "c" | "u") && in_guest(major, minor).is_some()) {
+        return Ok(());
+    }
+    Err(SpecError::Device { path: text("path"), kind, major, minor })
+}
+
+fn rewrite_mounts(fields: &mut Map<String, Value>, id: &str) -> Result<Vec<Bind>, SpecError> {
+    let mut binds = Vec::new();
+    for mount in fields.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten() {
+        let Some(mount) = mount.as_object_mut() else { continue };
+        let text = |key: &str| mount.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let (kind, source, destination) = (text("type"), text("source"), text("destination"));
+        let has = |name: &str| {
+            mount.get("options").and_then(Value::as_array).into_iter().flatten().any(|option| option == name)
+        };
+        let recursive = has("rbind");
+        let bad = |problem: String| SpecError::Mount {
+            source_path: source.clone(),
+            destination: destination.clone(),
+            problem,
+        };
+        if kind == "bind" || recursive || has("bind") {
+            let path = if destination.trim_end_matches('/') == "/dev/shm" {
+                // Shared by the pod's containers, so it is the guest's own.
+                "/dev/shm".to_owned()
+            } else if let Some(path) = device_in_guest(Path::new(&source)).map_err(bad)? {
+                path.to_owned()
+            } else {
+                let number = binds.len();
+                binds.push(Bind { number, source: PathBuf::from(&source), recursive });
+                format!("{SHARED_DIR}/{id}/mounts/{number}")
+            };
+            mount.insert("source".to_owned(), json!(path));
+        } else if source.starts_with("/dev/") {
+            return Err(bad(format!("file system {kind} on a device of the host; mount it there and bind it")));
+        }
+    }
+    Ok(binds)
+}
+
+/// For a bind mount: the guest's device of the same number if the source is a device, `None` if it can be shared.
+fn device_in_guest(source: &Path) -> Result<Option<&'static str>, String> {
+    if !source.is_absolute() {
+        return Err("the source is not an absolute path; write the whole path".to_owned());
+    }
+    let metadata = std::fs::metadata(source).map_err(|error| format!("{error}; create it on the host first"))?;
+    if metadata.file_type().is_block_device() {
+        return Err(
+            "a block device of the host is not in the virtual machine; mount it and bind the directory".to_owned()
+        );
+    }
+    if metadata.file_type().is_char_device() {
+        let (major, minor) = (libc::major(metadata.rdev()), libc::minor(metadata.rdev()));
+        return match in_guest(i64::from(major), i64::from(minor)) {
+            Some(path) => Ok(Some(path)),
+            None => Err(format!("the virtual machine has no device {major}:{minor}; remove the mount")),
+        };
+    }
+    if metadata.file_type().is_socket() {
+        tracing::warn!(source = %source.display(), "nothing in the virtual machine can connect to a socket of the host");
+    }
+    Ok(None)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,212 @@
+//! Tables of what the rewrite keeps, replaces and refuses.
+
+use serde_json::{Value, json};
+
+use super::*;
+
+fn rewrite(spec: &Value) -> Result<(Value, Vec<Bind>), SpecError> {
+    let fields = spec.as_object().unwrap().clone();
+    let guest = Spec { fields, bundle: PathBuf::from("/bundle") }.into_guest("c1")?;
+    Ok((serde_json::from_slice(&guest.json).unwrap(), guest.binds))
+}
+
+#[test]
+#[expect(clippy::too_many_lines, reason = "one table")]
+fn what_names_the_host_is_replaced_or_dropped_and_the_rest_is_kept() {
+    let linux = |linux: Value| json!({"root": {"path": "rootfs"}, "linux": linux});
+    for (what, pointer, before, expected) in [
+        (
+            "root",
+            "/root",
+            json!({"root": {"path": "/var/x", "readonly": true}}),
+            json!({"path": format!("{BUNDLES_DIR}/c1/rootfs"), "readonly": true}),
+        ),
+        ("cgroup", "/linux/cgroupsPath", linux(json!({"cgroupsPath": "/default/c1"})), json!("/c1")),
+        (
+            "network",
+            "/linux/namespaces",
+            linux(json!({"namespaces": [{"type": "network"}, {"type": "mount"}]})),
+            json!([{"type": "mount"}]),
+        ),
+        (
+            "network path",
+            "/linux/namespaces",
+            linux(json!({"namespaces": [{"type": "network", "path": "/run/netns/a"}]})),
+            json!([]),
+        ),
+        (
+            "pod's ipc",
+            "/linux/namespaces",
+            linux(json!({"namespaces": [{"type": "ipc", "path": "/proc/1/ns/ipc"}, {"type": "uts", "path": "/x"}]})),
+            json!([]),
+        ),
+        (
+            "own ipc",
+            "/linux/namespaces",
+            linux(json!({"namespaces": [{"type": "ipc"}, {"type": "uts"}]})),
+            json!([{"type": "ipc"}, {"type": "uts"}]),
+        ),
+        (
+            "pid path",
+            "/linux/namespaces",
+            linux(json!({"namespaces": [{"type": "pid", "path": "/proc/1/ns/pid"}]})),
+            json!([{"type": "pid"}]),
+        ),
+        (
+            "user path",
+            "/linux/namespaces",
+            linux(json!({"namespaces": [{"type": "user", "path": "/x"}]})),
+            json!([{"type": "user"}]),
+        ),
+        (
+            "seccomp",
+            "/linux/seccomp",
+            linux(json!({"seccomp": {"defaultAction": "SCMP_ACT_ERRNO", "listenerPath": "/s"}})),
+            json!({"defaultAction": "SCMP_ACT_ERRNO"}),
+        ),
+        ("rdt", "/linux/intelRdt", linux(json!({"intelRdt": {}})), Value::Null),
+        (
+            "memory limit",
+            "/linux/resources/memory",
+            linux(json!({"resources": {"memory": {"limit": 1}}})),
+            json!({"limit": 1}),
+        ),
+        (
+            "cpuset",
+            "/linux/resources/cpu",
+            linux(json!({"resources": {"cpu": {"cpus": "90-91", "mems": "3", "shares": 5}}})),
+            json!({"shares": 5}),
+        ),
+        ("block io", "/linux/resources/blockIO", linux(json!({"resources": {"blockIO": {"weight": 1}}})), Value::Null),
+        (
+            "apparmor",
+            "/process",
+            json!({"process": {"apparmorProfile": "x", "selinuxLabel": "y", "args": ["a"]}}),
+            json!({"args": ["a"]}),
+        ),
+        ("unknown field", "/linux/newField", linux(json!({"newField": [1]})), json!([1])),
+        (
+            "hooks",
+            "/hooks",
+            json!({"hooks": {"prestart": [{"path": "/h"}], "startContainer": [{"path": "/g"}]}}),
+            json!({"startContainer": [{"path": "/g"}]}),
+        ),
+        (
+            "known device",
+            "/linux/devices/0/path",
+            linux(json!({"devices": [{"path": "/dev/fuse", "type": "c", "major": 10, "minor": 229}]})),
+            json!("/dev/fuse"),
+        ),
+        (
+            "proc mount",
+            "/mounts/0",
+            json!({"mounts": [{"type": "proc", "source": "proc", "destination": "/proc"}]}),
+            json!({"type": "proc", "source": "proc", "destination": "/proc"}),
+        ),
+        (
+            "shm",
+            "/mounts/0/source",
+            json!({"mounts": [{"type": "bind", "source": "/run/x/shm", "destination": "/dev/shm"}]}),
+            json!("/dev/shm"),
+        ),
+        (
+            "device file",
+            "/mounts/0/source",
+            json!({"mounts": [{"type": "bind", "source": "/dev/null", "destination": "/etc/masked"}]}),
+            json!("/dev/null"),
+        ),
+    ] {
+        let (after, _) = rewrite(&before).unwrap();
+        assert_eq!(after.pointer(pointer).cloned().unwrap_or_default(), expected, "{what}");
+    }
+}
+
+#[test]
+fn host_files_are_shared_under_numbers_and_their_options_are_kept() {
+    let spec = json!({"mounts": [
+        {"type": "tmpfs", "source": "tmpfs", "destination": "/tmp"},
+        {"type": "bind", "source": "/etc/hostname", "destination": "/etc/hostname", "options": ["bind", "ro"]},
+        {"type": "none", "source": "/usr", "destination": "/usr", "options": ["rbind", "ro"]},
+    ]});
+    let (after, binds) = rewrite(&spec).unwrap();
+    assert_eq!(
+        binds,
+        [
+            Bind { number: 0, source: "/etc/hostname".into(), recursive: false },
+            Bind { number: 1, source: "/usr".into(), recursive: true },
+        ]
+    );
+    assert_eq!(after["mounts"][1]["source"], json!(format!("{SHARED_DIR}/c1/mounts/0")));
+    assert_eq!(after["mounts"][2]["source"], json!(format!("{SHARED_DIR}/c1/mounts/1")));
+    assert_eq!(after["mounts"][2]["options"], json!(["rbind", "ro"]));
+}
+
+#[test]
+fn what_the_virtual_machine_does_not_have_is_refused_with_the_remedy() {
+    for (spec, parts) in [
+        (
+            json!({"linux": {"devices": [{"path": "/dev/vfio/1", "type": "c", "major": 240, "minor": 1}]}}),
+            ["/dev/vfio/1", "c 240:1", "remove it"],
+        ),
+        (
+            json!({"linux": {"devices": [{"path": "/dev/sda", "type": "b", "major": 8, "minor": 0}]}}),
+            ["/dev/sda", "b 8:0", "privileged_without_host_devices"],
+        ),
+        (
+            json!({"mounts": [{"type": "bind", "source": "/nonexistent/x", "destination": "/x"}]}),
+            ["/nonexistent/x", "No such file", "create it"],
+        ),
+        (
+            json!({"mounts": [{"type": "bind", "source": "relative", "destination": "/x"}]}),
+            ["relative", "/x", "absolute"],
+        ),
+        (
+            json!({"mounts": [{"type": "ext4", "source": "/dev/sda1", "destination": "/x"}]}),
+            ["/dev/sda1", "ext4", "bind it"],
+        ),
+    ] {
+        let message = rewrite(&spec).unwrap_err().to_string();
+        for part in parts {
+            assert!(message.contains(part), "{part:?} is not in {message:?}");
+        }
+    }
+}
+
+#[test]
+fn a_broken_bundle_is_refused_by_the_name_of_its_file() {
+    let bundle = tempfile::tempdir().unwrap();
+    for (text, part) in
+        [(None, "No such file"), (Some("{"), "EOF"), (Some("[]"), "expected a map"), (Some("{}x"), "trailing")]
+    {
+        if let Some(text) = text {
+            std::fs::write(bundle.path().join("config.json"), text).unwrap();
+        }
+        let message = Spec::read(bundle.path()).unwrap_err().to_string();
+        assert!(message.contains("config.json") && message.contains(part), "{message}");
+    }
+}
+
+#[test]
+fn annotations_of_both_orchestrators_tell_the_role() {
+    let annotations = |pairs: &[(&str, &str)]| {
+        pairs.iter().map(|(key, value)| ((*key).to_owned(), (*value).to_owned())).collect::<HashMap<_, _>>()
+    };
+    for (pairs, expected) in [
+        (vec![], Role::Single("c".into())),
+        (
+            vec![("io.kubernetes.cri.container-type", "sandbox"), ("io.kubernetes.cri.sandbox-id", "c")],
+            Role::Sandbox("c".into()),
+        ),
+        (
+            vec![("io.kubernetes.cri.container-type", "container"), ("io.kubernetes.cri.sandbox-id", "pod")],
+            Role::Member("pod".into()),
+        ),
+        (
+            vec![("io.kubernetes.cri-o.ContainerType", "container"), ("io.kubernetes.cri-o.SandboxID", "pod")],
+            Role::Member("pod".into()),
+        ),
+        (vec![("io.kubernetes.cri.container-type", "container")], Role::Single("c".into())),
+    ] {
+        assert_eq!(Role::of(&annotations(&pairs), "c"), expected);
+    }
+}

@@ -1,0 +1,41 @@
+//! The shim as containerd uses it, with a guest that is no virtual machine: `start`, the pod process, the Task API, the
+//! streams, and `delete` after a death at any instant.
+//!
+//! This program is the shim and its test at once: `start` executes its own program, whatever that is called.
+
+#![allow(clippy::unwrap_used, clippy::cognitive_complexity, reason = "a test fails by panicking")]
+
+mod guest;
+mod node;
+mod tests;
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use libtest_mimic::{Arguments, Trial};
+
+fn main() -> ExitCode {
+    if let Some(root) = std::env::var_os(node::ROOT_VARIABLE) {
+        return runtime_rs::run(std::env::args_os().skip(1), Path::new(&root), Arc::new(guest::FakeLauncher));
+    }
+    let mut arguments = Arguments::from_args();
+    if !nix::unistd::geteuid().is_root() {
+        eprintln!("SKIPPED: the shim mounts file systems; run its tests as root");
+        return ExitCode::SUCCESS;
+    }
+    nix::sys::prctl::set_child_subreaper(true).unwrap();
+    // Each test waits for all the processes that it orphaned.
+    arguments.test_threads = Some(1);
+    libtest_mimic::run(&arguments, tests::all()).exit_code()
+}
+
+/// One test with an event loop of its own.
+fn trial<F: Future<Output = ()>>(name: &str, test: impl FnOnce() -> F + Send + 'static) -> Trial {
+    Trial::test(name, move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(test());
+        runtime.shutdown_background();
+        Ok(())
+    })
+}

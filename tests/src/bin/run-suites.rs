@@ -1,0 +1,181 @@
+//! `run-suites`: finds a machine with hardware virtualization (this host or the lab) and runs the suites or the
+//! demonstration on it.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Parser, Subcommand};
+use lab::{Event, Input, Machine, Snapshot, Status};
+
+/// Runs the end-to-end suites or the demonstration where virtual machines can run.
+///
+/// With hardware virtualization that is this host, in a containerd of its own; otherwise it is the lab, a nested
+/// machine that is made on the first use.
+#[derive(Debug, Parser)]
+#[command(version)]
+struct Arguments {
+    #[command(subcommand)]
+    action: Action,
+}
+
+#[derive(Debug, Subcommand)]
+enum Action {
+    /// Runs the suites, in the lab once for each version of containerd.
+    Test {
+        #[command(flatten)]
+        parts: Parts,
+        /// Run only the cases whose names contain this.
+        #[arg(long, value_name = "TEXT")]
+        filter: Option<String>,
+        /// Only with this containerd of the lab: base (1.7) or containerd-2.1.
+        #[arg(long, value_name = "SNAPSHOT")]
+        snapshot: Option<Snapshot>,
+    },
+    /// Runs real images in VMs and shows their output and a timeline.
+    Demo {
+        #[command(flatten)]
+        parts: Parts,
+    },
+}
+
+/// Where everything is that the machine needs.
+#[derive(Clone, Debug, Args)]
+struct Parts {
+    /// The stack as `make dist` stages it.
+    #[arg(long, value_name = "DIRECTORY")]
+    dist: PathBuf,
+    /// The OCI archives that `make images` makes.
+    #[arg(long, value_name = "DIRECTORY")]
+    images: PathBuf,
+    /// The directory with the programs `suites` and `demo`.
+    #[arg(long, value_name = "DIRECTORY")]
+    bin: PathBuf,
+    /// Where to write the logs and reports.
+    #[arg(long, value_name = "DIRECTORY")]
+    report: PathBuf,
+    /// Use the lab even if this host has hardware virtualization.
+    #[arg(long)]
+    lab: bool,
+}
+
+/// Deadlines in the lab, where every CPU is emulated, are this many times those of metal.
+const LAB_SLOWNESS: &str = "10";
+
+fn main() -> Result<ExitCode> {
+    let (parts, program, arguments, snapshots) = match Arguments::parse().action {
+        Action::Test { parts, filter, snapshot } => {
+            let snapshots = snapshot.map_or_else(|| vec![Snapshot::Base, Snapshot::Containerd21], |one| vec![one]);
+            (parts, "suites", filter.into_iter().collect::<Vec<_>>(), snapshots)
+        }
+        Action::Demo { parts } => (parts, "demo", Vec::new(), vec![Snapshot::Base]),
+    };
+    fs::create_dir_all(&parts.report).with_context(|| format!("Cannot create {}", parts.report.display()))?;
+    let probe = lab::probe::probe();
+    println!("{probe}");
+    if probe.hardware && !parts.lab {
+        return on_this_host(&parts, program, &arguments);
+    }
+    let mut failed = Vec::new();
+    for snapshot in snapshots {
+        if !in_the_lab(&parts, program, &arguments, snapshot)? {
+            failed.push(snapshot.name());
+        }
+    }
+    if failed.is_empty() {
+        return Ok(ExitCode::SUCCESS);
+    }
+    eprintln!("{program} failed on {}; see {}", failed.join(" and "), parts.report.display());
+    Ok(ExitCode::FAILURE)
+}
+
+fn on_this_host(parts: &Parts, program: &str, arguments: &[String]) -> Result<ExitCode> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let containerd = std::env::split_paths(&path).map(|directory| directory.join("containerd")).find(|it| it.is_file());
+    let Some(containerd) = containerd else {
+        bail!(
+            "This host has hardware virtualization but no containerd: install it (apt-get install containerd), or give --lab"
+        );
+    };
+    let mut command = Command::new(parts.bin.join(program));
+    command.arg("--containerd").arg(containerd).arg("--dist").arg(fs::canonicalize(&parts.dist)?);
+    command.arg("--images").arg(&parts.images).args(arguments);
+    if program == "demo" {
+        command.arg("--report").arg(&parts.report);
+    }
+    let mut child = command.stdout(Stdio::piped()).spawn().with_context(|| format!("Cannot run {program}"))?;
+    let mut log = Log::create(&parts.report.join(format!("{program}-host.log")))?;
+    if let Some(mut output) = child.stdout.take() {
+        std::io::copy(&mut output, &mut log)?;
+    }
+    Ok(if child.wait()?.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// Answers whether the program succeeded in a machine restored from `snapshot`.
+fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snapshot) -> Result<bool> {
+    println!("\n{program} in the lab, snapshot {snapshot}");
+    let name = format!("{program}-{}-{}", snapshot.name().replace('.', "-"), std::process::id());
+    let machine = Machine::restore(snapshot, &name)?;
+    // The directory's content is merged into the machine's root: an installation.
+    machine.push(&parts.dist, "/")?;
+    machine.push(&parts.images, "/root/images")?;
+    machine.push(&parts.bin.join(program), "/root/bin/")?;
+    let script = "exec \"$0\" --containerd \"$(command -v containerd)\" --images /root/images \"$@\"";
+    let mut command = lab::Command::shell(script)
+        .arg(format!("/root/bin/{program}"))
+        .args(["--slowness", LAB_SLOWNESS])
+        .args(arguments);
+    if program == "demo" {
+        command = command.args(["--report", "/root/report"]);
+    }
+    let mut log = Log::create(&parts.report.join(format!("{program}-{snapshot}.log")))?;
+    let status = machine.run_streaming(&command, Input::Empty, |event| match event {
+        Event::Stdout(bytes) | Event::Stderr(bytes) => log.add(&bytes),
+        Event::Ended(_) => {}
+    })?;
+    if program == "demo" && status == Status::Exited(0) {
+        machine.pull("/root/report", &parts.report)?;
+    }
+    if status != Status::Exited(0) {
+        fs::copy(machine.console(), parts.report.join(format!("{program}-{snapshot}-console.log"))).ok();
+    }
+    machine.end()?;
+    Ok(status == Status::Exited(0))
+}
+
+/// Shows what a program writes and keeps it.
+struct Log {
+    file: File,
+    failed: bool,
+}
+
+impl Log {
+    fn create(path: &Path) -> Result<Self> {
+        let file = File::create(path).with_context(|| format!("Cannot write {}", path.display()))?;
+        Ok(Self { file, failed: false })
+    }
+
+    fn add(&mut self, bytes: &[u8]) {
+        let mut out = std::io::stdout();
+        let written = out.write_all(bytes).and_then(|()| out.flush()).and_then(|()| self.file.write_all(bytes));
+        if let Err(error) = written
+            && !self.failed
+        {
+            self.failed = true;
+            eprintln!("The log is not complete: {error}");
+        }
+    }
+}
+
+impl Write for Log {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.add(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}

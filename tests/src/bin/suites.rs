@@ -1,0 +1,147 @@
+//! `suites`: the end-to-end suites, run as root on the machine under test.
+
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::{Arc, Mutex};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use clap::Parser;
+use libtest_mimic::{FormatSetting, Trial};
+use tests::cases;
+use tests::context::{BUSYBOX, Context, DEBIAN, Images, KATA, RUNC};
+use tests::ctr::Ctr;
+use tests::event::Deadline;
+use tests::harness::trial;
+use tests::leftovers::{Scope, Snapshot, describe, settle};
+use tests::stack::{Options, Stack, search_path};
+
+/// Drives a real containerd through everything that its users rely on, and looks for leftovers after each case.
+///
+/// Run it as root on the machine under test. Give `--containerd` to let it start a containerd of its own
+/// (recommended: nothing of the machine's is touched), or `--address` to use one that runs.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "Examples:\n  \
+        suites --containerd /usr/bin/containerd --images target/images\n  \
+        suites --containerd /usr/bin/containerd --images target/images --runtime io.containerd.runc.v2 stdio\n  \
+        suites --list"
+)]
+struct Arguments {
+    #[command(flatten)]
+    stack: Options,
+    /// The runtime under test.
+    #[arg(long, default_value = KATA)]
+    runtime: String,
+    /// Tell the results as JSON, one event a line.
+    #[arg(long)]
+    json: bool,
+    /// Reads standard input to its end and does nothing else: a process for the leftover check to catch.
+    #[arg(long, hide = true)]
+    wait_for_end_of_input: bool,
+    /// Name the cases and run none.
+    #[arg(long)]
+    list: bool,
+    /// FILTER is a case's whole name.
+    #[arg(long)]
+    exact: bool,
+    /// Leave out the cases whose names contain this (may be given several times).
+    #[arg(long, value_name = "TEXT")]
+    skip: Vec<String>,
+    /// Run only the cases whose names contain this.
+    filter: Option<String>,
+}
+
+impl Arguments {
+    fn harness(&self) -> libtest_mimic::Arguments {
+        libtest_mimic::Arguments {
+            // Cases look at the whole machine: one at a time.
+            test_threads: Some(1),
+            format: self.json.then_some(FormatSetting::Json),
+            list: self.list,
+            exact: self.exact,
+            skip: self.skip.clone(),
+            filter: self.filter.clone(),
+            ..libtest_mimic::Arguments::default()
+        }
+    }
+}
+
+/// Where everything of a run lives.
+const WORK: &str = "/run/tatami-suites";
+
+fn main() -> Result<ExitCode> {
+    let arguments = Arguments::parse();
+    if arguments.wait_for_end_of_input {
+        std::io::copy(&mut std::io::stdin(), &mut std::io::sink())?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    ensure!(nix::unistd::geteuid().is_root() || arguments.list, "Run the suites as root: they drive containerd");
+    let work = Path::new(WORK).join(std::process::id().to_string());
+    let result = run(&arguments, &work);
+    // Only what a failed case left there keeps it.
+    std::fs::remove_dir_all(&work).ok();
+    std::fs::remove_dir(WORK).ok();
+    result
+}
+
+fn run(arguments: &Arguments, work: &Path) -> Result<ExitCode> {
+    if arguments.list {
+        let trials = cases::all().into_iter().map(|case| Trial::test(case.name, || Ok(()))).collect();
+        return Ok(libtest_mimic::run(&arguments.harness(), trials).exit_code());
+    }
+    let namespace = format!("suites-{}", std::process::id());
+    let stack = Stack::new(&arguments.stack, &arguments.runtime, &namespace, work)?;
+    let context = context(arguments, work, stack)?;
+    prepare(&context)?;
+    let (scope, patience) = (context.scope.clone(), context.within(10));
+    let namespaces = [context.stack.ctr.clone(), context.other_namespace()];
+    let before = Snapshot::take(&scope)?;
+    let context = Arc::new(Mutex::new(context));
+    let trials = cases::all().into_iter().map(|case| trial(case, &context)).collect();
+    let conclusion = libtest_mimic::run(&arguments.harness(), trials);
+    let left = settle(&before, &scope, Deadline::after(patience))?;
+    release(namespaces.each_ref());
+    if !left.is_empty() {
+        bail!("After the whole run something stays behind{}", describe(&left));
+    }
+    Ok(conclusion.exit_code())
+}
+
+fn context(arguments: &Arguments, work: &Path, stack: Stack) -> Result<Context> {
+    let (root, state) = stack.directories();
+    let mut scope = Scope::containerd(&stack.ctr.namespace, &root, &state);
+    if arguments.runtime != KATA {
+        // runc's shim leaves its socket there when it is killed; that is not ours to judge.
+        scope.directories.retain(|(directory, _)| directory != Path::new("/run/containerd/s"));
+    }
+    let images = Images {
+        busybox: arguments.stack.images.join("busybox.tar"),
+        debian: arguments.stack.images.join("debian.tar"),
+    };
+    Context::new(stack, &search_path(&arguments.stack), scope, images, &work.join("case"), arguments.stack.slowness)
+}
+
+/// Imports the images and runs one container of each, so that what the first one makes for all is there.
+fn prepare(context: &Context) -> Result<()> {
+    let other = context.other_namespace();
+    context.ctr.import(&context.images.busybox)?;
+    context.ctr.import(&context.images.debian)?;
+    other.import(&context.images.busybox)?;
+    for (ctr, image) in [(&context.ctr, BUSYBOX), (&context.ctr, DEBIAN), (&other, BUSYBOX)] {
+        let id = context.id("warm-up");
+        let ran = ctr.with_runtime(RUNC).run(&[], image, &id, &["true"])?.expect_code(0);
+        ran.with_context(|| format!("runc cannot run {image} on this machine"))?;
+    }
+    Ok(())
+}
+
+/// Gives the machine's containerd its namespaces back; one of our own ends anyway.
+fn release(namespaces: [&Ctr; 2]) {
+    for ctr in namespaces {
+        for image in [BUSYBOX, DEBIAN] {
+            ctr.any(&["image", "rm", "--sync", image]).ok();
+        }
+        ctr.any(&["namespace", "rm", &ctr.namespace]).ok();
+    }
+}

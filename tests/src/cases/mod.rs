@@ -1,0 +1,44 @@
+//! All cases, by what they are about.
+
+mod bad_guest;
+mod bad_input;
+mod crash;
+mod exec;
+mod exit;
+mod leftover;
+mod many;
+mod stdio;
+mod tasks;
+mod terminal;
+
+use crate::harness::Case;
+
+/// Every case, in the order in which they run: the simple ones first.
+#[must_use]
+pub fn all() -> Vec<Case> {
+    [
+        exit::CASES,
+        stdio::CASES,
+        terminal::CASES,
+        exec::CASES,
+        tasks::CASES,
+        leftover::CASES,
+        bad_input::CASES,
+        bad_guest::CASES,
+        crash::CASES,
+        many::CASES,
+    ]
+    .concat()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    #[test]
+    fn every_case_has_its_own_name() {
+        let cases = super::all();
+        let names: BTreeSet<&str> = cases.iter().map(|case| case.name).collect();
+        assert_eq!(names.len(), cases.len());
+    }
+}

@@ -1,0 +1,123 @@
+//! What every case gets: the containerd, the runtime under test and the images.
+
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+
+use crate::containerd::Containerd;
+use crate::ctr::Ctr;
+use crate::kata_config::KataConfig;
+use crate::leftovers::Scope;
+use crate::stack::Stack;
+
+/// The runtime type of this stack.
+pub const KATA: &str = "io.containerd.kata.v2";
+/// The runtime that ours is compared with.
+pub const RUNC: &str = "io.containerd.runc.v2";
+/// The small image.
+pub const BUSYBOX: &str = "docker.io/library/busybox:latest";
+/// The image with real services.
+pub const DEBIAN: &str = "docker.io/library/debian:trixie-slim";
+
+/// The archives that the images were imported from.
+#[derive(Clone, Debug)]
+pub struct Images {
+    /// [`BUSYBOX`].
+    pub busybox: PathBuf,
+    /// [`DEBIAN`].
+    pub debian: PathBuf,
+}
+
+/// What every case gets.
+#[derive(Debug)]
+pub struct Context {
+    /// containerd and the runtime's configuration.
+    pub stack: Stack,
+    /// The client, set to the runtime under test.
+    pub ctr: Ctr,
+    /// What the leftover check looks at.
+    pub scope: Scope,
+    /// The shim of the runtime under test.
+    pub shim: PathBuf,
+    /// The archives that the images were imported from.
+    pub images: Images,
+    /// A directory for a case's own files; it is empty between cases.
+    pub work: PathBuf,
+    /// How many times slower than metal the machine is: deadlines are multiplied by it.
+    pub slowness: u32,
+    next: AtomicU32,
+}
+
+impl Context {
+    /// Puts the parts together; `search_path` is where containerd finds shims.
+    ///
+    /// # Errors
+    /// When the work directory cannot be made.
+    pub fn new(
+        stack: Stack,
+        search_path: &OsStr,
+        scope: Scope,
+        images: Images,
+        work: &Path,
+        slowness: u32,
+    ) -> Result<Self> {
+        std::fs::create_dir_all(work).with_context(|| format!("Cannot create {}", work.display()))?;
+        let (ctr, shim) = (stack.ctr.clone(), shim_program(&stack.ctr.runtime, search_path));
+        Ok(Self { stack, ctr, scope, shim, images, work: work.to_owned(), slowness, next: AtomicU32::new(0) })
+    }
+
+    /// The runtime's configuration file.
+    #[must_use]
+    pub fn config(&self) -> &KataConfig {
+        &self.stack.config
+    }
+
+    /// Containerd's log, when the suites started it.
+    #[must_use]
+    pub fn log(&self) -> Option<PathBuf> {
+        self.stack.own.as_ref().map(Containerd::log)
+    }
+
+    /// Whether the runtime under test runs containers in virtual machines.
+    #[must_use]
+    pub fn is_kata(&self) -> bool {
+        self.ctr.runtime == KATA
+    }
+
+    /// The client for runc, to compare with.
+    #[must_use]
+    pub fn runc(&self) -> Ctr {
+        self.ctr.with_runtime(RUNC)
+    }
+
+    /// The client in a second namespace; the busybox image is there, too.
+    #[must_use]
+    pub fn other_namespace(&self) -> Ctr {
+        Ctr { namespace: format!("{}-other", self.ctr.namespace), ..self.ctr.clone() }
+    }
+
+    /// A container id that no other case uses; it says what for.
+    #[must_use]
+    pub fn id(&self, purpose: &str) -> String {
+        format!("{purpose}-{}", self.next.fetch_add(1, Ordering::Relaxed))
+    }
+
+    /// A hang guard: what takes `seconds` at the most on metal.
+    #[must_use]
+    pub fn within(&self, seconds: u32) -> Duration {
+        Duration::from_secs(u64::from(seconds) * u64::from(self.slowness))
+    }
+}
+
+/// containerd's rule for a runtime's program: `io.containerd.NAME.VERSION` is `containerd-shim-NAME-VERSION`, found by PATH.
+fn shim_program(runtime: &str, search_path: &OsStr) -> PathBuf {
+    let mut parts = runtime.rsplit('.');
+    let (version, name) = (parts.next().unwrap_or_default(), parts.next().unwrap_or_default());
+    let program = format!("containerd-shim-{name}-{version}");
+    let found =
+        std::env::split_paths(search_path).map(|directory| directory.join(&program)).find(|path| path.is_file());
+    found.unwrap_or_else(|| program.into())
+}

@@ -1,0 +1,106 @@
+//! Runs cases one after another, each between two looks at the machine.
+
+use std::fs;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::{Context as _, Result, anyhow, bail};
+use libtest_mimic::{Failed, Trial};
+
+use crate::context::Context;
+use crate::event::Deadline;
+use crate::leftovers::{Snapshot, describe, settle};
+
+/// One behaviour that a user of containerd relies on.
+#[derive(Clone, Copy, Debug)]
+pub struct Case {
+    /// The behaviour as a sentence, after the name of its group.
+    pub name: &'static str,
+    /// Which runtimes it is about.
+    pub about: About,
+    /// Shows that it holds.
+    pub run: fn(&Context) -> Result<()>,
+}
+
+/// Which runtimes a case is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum About {
+    /// Every runtime of containerd: it must hold for runc too.
+    Any,
+    /// Only a runtime with virtual machines, or this stack's own files.
+    Kata,
+}
+
+impl Case {
+    /// A case about every runtime.
+    #[must_use]
+    pub const fn any(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
+        Self { name, about: About::Any, run }
+    }
+
+    /// A case about this stack alone.
+    #[must_use]
+    pub const fn kata(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
+        Self { name, about: About::Kata, run }
+    }
+}
+
+/// Makes a trial of a case. Trials share the machine: they run one at a time, whatever the caller's threads.
+#[must_use]
+pub fn trial(case: Case, context: &Arc<Mutex<Context>>) -> Trial {
+    let context = Arc::clone(context);
+    let of_other_runtime = {
+        let context = context.lock().unwrap_or_else(PoisonError::into_inner);
+        case.about == About::Kata && !context.is_kata()
+    };
+    Trial::test(case.name, move || {
+        let context = context.lock().unwrap_or_else(PoisonError::into_inner);
+        guarded(&case, &context).map_err(|error| Failed::from(format!("{error:#}{}", log_since(&context))))
+    })
+    .with_ignored_flag(of_other_runtime)
+}
+
+/// Runs a case and then the one check for leftovers; both may have something to say.
+fn guarded(case: &Case, context: &Context) -> Result<()> {
+    let before = Snapshot::take(&context.scope)?;
+    mark_log(context);
+    let result = (case.run)(context);
+    let swept = [context.ctr.sweep(), context.other_namespace().sweep()].into_iter().collect::<Result<Vec<_>>>();
+    let files = empty(&context.work);
+    let left = settle(&before, &context.scope, Deadline::after(context.within(10)))?;
+    result?;
+    let swept = swept.context("containerd does not answer after the case")?.concat();
+    if !swept.is_empty() {
+        bail!("The case left containers: {}", swept.join(", "));
+    }
+    files.context("The case's own files cannot be removed")?;
+    if left.is_empty() { Ok(()) } else { Err(anyhow!("Something stays behind{}", describe(&left))) }
+}
+
+fn empty(directory: &std::path::Path) -> Result<()> {
+    for entry in fs::read_dir(directory)?.flatten() {
+        let path = entry.path();
+        if entry.file_type()?.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }
+            .with_context(|| path.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// Where containerd's log ended when the case began.
+static LOG_START: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+/// Lines of containerd's log that a failure shows.
+const LOG_LINES: usize = 25;
+
+fn mark_log(context: &Context) {
+    let length = context.log().and_then(|log| fs::metadata(log).ok()).map_or(0, |data| data.len());
+    LOG_START.store(length, std::sync::atomic::Ordering::Relaxed);
+}
+
+/// What containerd and the shims logged at warning or above, or ended with, during the case.
+fn log_since(context: &Context) -> String {
+    let Some(log) = context.log().and_then(|log| fs::read(log).ok()) else { return String::new() };
+    let start = usize::try_from(LOG_START.load(std::sync::atomic::Ordering::Relaxed)).unwrap_or(0).min(log.len());
+    let text = String::from_utf8_lossy(&log[start..]);
+    let lines: Vec<&str> = text.lines().filter(|line| !line.contains("level=debug")).collect();
+    let shown = lines.iter().skip(lines.len().saturating_sub(LOG_LINES));
+    shown.fold("\n\ncontainerd's log:".to_owned(), |all, line| all + "\n  " + line)
+}

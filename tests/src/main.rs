@@ -1,3 +1,0 @@
-//! End-to-end suites that drive a real containerd.
-
-fn main() {}
