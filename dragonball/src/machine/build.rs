@@ -32,6 +32,7 @@ fn host_refused(action: &'static str) -> impl FnOnce(io::Error) -> StartError {
 
 /// Builds the machine of a valid configuration and lets it run.
 pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, StartError> {
+    threads::reserve_descriptors();
     let kvm = kvm::open()?;
     let vm = kvm::create_vm(&kvm)?;
     shared.stamp("vm created");
