@@ -54,7 +54,8 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
         workers: Vec::new(),
     };
     devices.add_all(config, &shared)?;
-    let tables = acpi::Hardware { vcpus: config.vcpus, pci_64: devices.high.pci_window(), uart: uart.is_some() };
+    let pci = (!devices.workers.is_empty()).then(|| acpi::Pci { window_64: devices.high.pci_window() });
+    let tables = acpi::Hardware { vcpus: config.vcpus, pci, uart: uart.is_some() };
     acpi::write(&ram, &tables).map_err(host_refused("write the ACPI tables"))?;
     shared.stamp("devices made");
 
