@@ -150,7 +150,8 @@ fn redis(context: &Context) -> Result<()> {
     let measured = container.exec("benchmark", &[], &["redis-benchmark", "-q", "-n", "1000", "-t", "set,get"], b"")?;
     let text = measured.expect_code(0)?.text();
     ensure!(text.contains("SET:") && text.contains("GET:") && text.contains("requests per second"), "{text:?}");
+    let attached = container.attach(b"")?;
     container.kill("SIGTERM")?;
-    ensure!(container.remove()? == 0, "redis did not end by itself");
-    Ok(())
+    attached.finish(context.ctr.deadline())?.expect_code(0).context("redis did not end by itself")?;
+    container.remove_container()
 }
