@@ -31,7 +31,7 @@ deps: ## Install the Debian packages that the build needs (root)
 build: deps ## Build the stack: binaries, guest kernel, guest image
 	cargo build --locked --profile $(PROFILE) -p dragonball -p runtime-rs -p kernel-config -p rootfs-builder -p lab -p tests
 	LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu \
-	RUSTFLAGS="-C target-feature=+crt-static" \
+	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" \
 	    cargo build --locked --profile agent --target $(TARGET) -p kata-agent
 	$(OUT)/kernel-config build --profile base --output target/kernel
 

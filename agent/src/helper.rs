@@ -101,7 +101,7 @@ fn serve(request: Request) -> Result<Reply, Error> {
 }
 
 fn create(id: String, bundle: &Path, rootfs: Option<PathBuf>, stdio: Stdio) -> Result<Started, Error> {
-    let mut spec = Spec::load(bundle.join("spec.json"))?;
+    let mut spec: Spec = read_json(&bundle.join("spec.json"), "the spec")?;
     spec::adapt(&mut spec, &id, rootfs, stdio.console.is_some())?;
     spec.save(bundle.join("config.json"))?;
     let uid = spec::host_uid(&spec);
@@ -122,14 +122,30 @@ fn exec(id: String, process_file: &Path, stdio: Stdio) -> Result<Started, Error>
     container.set_status(ContainerStatus::Running).save()?;
     let spec = Spec::load(container.bundle().join("config.json"))?;
     let init = container.pid().ok_or("the container has no process")?;
-    let mut process: Process = serde_json::from_slice(&std::fs::read(process_file)?)?;
+    let sub_cgroup = sub_cgroup(&id, init.as_raw());
+    let mut process: Process = read_json(process_file, "the process")?;
     let executor = ContainerExecutor::for_exec(&spec, &mut process);
     spec::adapt_process(&mut process, &PathBuf::from(format!("/proc/{init}/root")), stdio.console.is_some());
     let uid = spec::map_uid(&spec, process.user().uid());
     std::fs::write(process_file, serde_json::to_vec(&process)?)?;
-    let pid =
-        builder(id, stdio, uid, executor)?.as_tenant().with_detach(true).with_process(Some(process_file)).build()?;
+    let tenant = builder(id, stdio, uid, executor)?.as_tenant().with_sub_cgroup(sub_cgroup);
+    let pid = tenant.with_detach(true).with_process(Some(process_file)).build()?;
     Ok(Started { pid: pid.as_raw(), uid, hooks: Vec::new() })
+}
+
+fn read_json<T: serde::de::DeserializeOwned>(path: &Path, what: &str) -> Result<T, Error> {
+    let text = std::fs::read(path).map_err(|error| format!("cannot read {}: {error}", path.display()))?;
+    serde_json::from_slice(&text)
+        .map_err(|error| format!("{what} is not what the OCI runtime specification describes: {error}").into())
+}
+
+/// The cgroup of a container's first process below the container's own, when it has moved there: as systemd does. A
+/// cgroup with cgroups below it takes no processes, so further ones must go there too.
+fn sub_cgroup(id: &str, init: i32) -> Option<String> {
+    let text = std::fs::read_to_string(format!("/proc/{init}/cgroup")).ok()?;
+    let path = text.lines().find_map(|line| line.strip_prefix("0::"))?;
+    let below = Path::new(path).strip_prefix(Cgroup::oci_path(id)).ok()?.to_str()?;
+    (!below.is_empty()).then(|| below.to_owned())
 }
 
 fn hooks(id: &str, stage: Stage) -> Result<(), Error> {

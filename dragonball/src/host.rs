@@ -15,7 +15,7 @@ impl Limits {
     /// Reads them. Where `/dev/kvm` cannot be asked, its limits are taken as the widest: starting the machine then says
     /// what is wrong with `/dev/kvm`.
     pub(crate) fn of_this_host() -> Self {
-        let vcpus = kvm_ioctls::Kvm::new().map_or(usize::from(u8::MAX), |kvm| kvm.get_max_vcpus());
+        let vcpus = kvm_ioctls::Kvm::new().map_or_else(|_| usize::from(u8::MAX), |kvm| kvm.get_max_vcpus());
         Self { memory: total_memory(), address_bits: address_bits(), vcpus: u8::try_from(vcpus).unwrap_or(u8::MAX) }
     }
 

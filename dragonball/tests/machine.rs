@@ -125,3 +125,129 @@ fn a_read_only_image_is_seen_above_ram_and_does_not_change() {
     assert_eq!(outcome.words(), [0, 1, 2 << 20], "4 GiB, 2 MiB long");
     assert_eq!(std::fs::read(image).unwrap(), b"image content");
 }
+
+/// Slot 1 holds the entropy device when nothing else is asked for.
+const CONFIG: u32 = 0xe800_8000;
+const REGION: u32 = 0xc010_0000;
+const TABLE: u32 = REGION + 0x2000;
+const DESCRIPTORS: u32 = 0x30_0000;
+const AVAILABLE: u32 = 0x30_1000;
+const USED: u32 = 0x30_2000;
+const VECTOR: u32 = 0x51;
+/// The interrupt request register of the local APIC that has vector 0x51, and its bit there.
+const REQUESTED: (u32, u32) = (0xfee0_0220, 1 << 17);
+
+/// Sets the entropy device up with one ring and asks it for 16 bytes; its interrupt is vector 0x51, masked or not.
+fn ask_for_entropy(masked: bool) -> Code {
+    let common = |offset: u32| REGION + offset;
+    Code::new()
+        // The local APIC is on, interrupts stay off: they are seen as requests.
+        .store(0xfee0_00f0, 0x1ff)
+        // Memory decoding, bus master, MSI-X.
+        .store_word(CONFIG + 4, 6)
+        .store_word(CONFIG + 0x42, 0x8000)
+        .store(TABLE + 16, 0xfee0_0000)
+        .store(TABLE + 20, 0)
+        .store(TABLE + 24, VECTOR)
+        .store(TABLE + 28, u32::from(masked))
+        .store_byte(common(0x14), 3)
+        .store(common(0x08), 1)
+        .store(common(0x0c), 1)
+        .store_byte(common(0x14), 11)
+        .store_word(common(0x16), 0)
+        .store_word(common(0x18), 4)
+        .store_word(common(0x1a), 1)
+        .store(common(0x20), DESCRIPTORS)
+        .store(common(0x28), AVAILABLE)
+        .store(common(0x30), USED)
+        .store_word(common(0x1c), 1)
+        .store_byte(common(0x14), 15)
+        // One descriptor that the device writes: address, length, flags.
+        .store(DESCRIPTORS, 0x31_0000)
+        .store(DESCRIPTORS + 8, 16)
+        .store(DESCRIPTORS + 12, 2)
+        .store(AVAILABLE, 1 << 16)
+        // The doorbell, then the used ring has one entry.
+        .store_word(REGION + 0x1000, 0)
+        .wait_for(USED, 1 << 16)
+}
+
+#[test]
+fn a_device_answers_a_ring_and_interrupts_by_msix() {
+    if !kvm() {
+        return;
+    }
+    let code = ask_for_entropy(false).wait_for(REQUESTED.0, REQUESTED.1).load(USED + 8).print_eax().power_off();
+    let outcome = run(&code);
+    assert_eq!((outcome.reason.clone(), outcome.words()), (ExitReason::PowerOff, vec![16]));
+}
+
+#[test]
+fn a_masked_interrupt_is_pending_until_it_is_unmasked() {
+    if !kvm() {
+        return;
+    }
+    let code = ask_for_entropy(true)
+        .wait_for(REGION + 0x3000, 2)
+        .load(REQUESTED.0)
+        .print_eax()
+        .store(TABLE + 28, 0)
+        .wait_for(REQUESTED.0, REQUESTED.1)
+        .load(REGION + 0x3000)
+        .print_eax()
+        .power_off();
+    assert_eq!(run(&code).words(), [0, 0], "not requested while masked, not pending after");
+}
+
+#[test]
+fn a_message_that_is_changed_goes_to_its_new_vector() {
+    if !kvm() {
+        return;
+    }
+    let again = |code: Code| {
+        code.store(AVAILABLE + 4, 0).store(AVAILABLE, 2 << 16).store_word(REGION + 0x1000, 0).wait_for(USED, 2 << 16)
+    };
+    let code = ask_for_entropy(false).wait_for(REQUESTED.0, REQUESTED.1).store(TABLE + 24, VECTOR + 1);
+    let code = again(code).wait_for(REQUESTED.0, REQUESTED.1 | REQUESTED.1 << 1).power_off();
+    assert_eq!(run(&code).reason, ExitReason::PowerOff);
+}
+
+#[test]
+fn a_device_works_again_after_its_reset() {
+    if !kvm() {
+        return;
+    }
+    let reset = ask_for_entropy(false).store_byte(REGION + 0x14, 0).store(USED, 0);
+    let code = reset.raw(&ask_for_entropy(false).bytes()).load(USED + 8).print_eax().power_off();
+    assert_eq!(run(&code).words(), [16]);
+}
+
+#[test]
+fn every_vcpu_starts_when_it_is_told_to() {
+    if !kvm() {
+        return;
+    }
+    // At 0x8000, in real mode: mov ax, 0; mov ds, ax; lock inc byte [0x9000]; hlt; jmp back.
+    let trampoline = [0x8e00_00b8, 0x06fe_f0d8, 0xebf4_9000, 0x0000_00fd];
+    let code = trampoline.iter().zip((0x8000..).step_by(4)).fold(Code::new(), |code, (word, at)| code.store(at, *word));
+    // INIT and start-up to all but self.
+    let code = code.store(0xfee0_00f0, 0x1ff).store(0xfee0_0300, 0xc_4500).store(0xfee0_0300, 0xc_4608);
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = machine(&directory, &code.wait_for(0x9000, 3).power_off());
+    config.vcpus = 4;
+    assert_eq!(run_machine(&directory, config).reason, ExitReason::PowerOff);
+}
+
+#[test]
+fn each_vcpu_knows_its_own_number() {
+    if !kvm() {
+        return;
+    }
+    // mov eax, 0xb; mov ecx, 1; cpuid; then the core count (EBX) and the APIC id (EDX).
+    let code = Code::new().raw(&[0xb8, 0x0b, 0, 0, 0, 0xb9, 1, 0, 0, 0, 0x0f, 0xa2, 0x89, 0xd8, 0x89, 0xd6]);
+    let code = code.print_eax().raw(&[0x89, 0xf0]).print_eax().power_off();
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = machine(&directory, &code);
+    config.vcpus = 3;
+    assert_eq!(run_machine(&directory, config).words(), [3, 0]);
+}

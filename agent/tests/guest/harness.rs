@@ -121,25 +121,11 @@ impl Host {
         stdio: &Stdio,
         rootfs: Vec<Mount>,
     ) -> ttrpc::Result<u32> {
-        let options = ContainerOptions { spec: spec.to_string().into_bytes(), ..Default::default() };
-        let request = CreateTaskRequest {
-            id: id.into(),
-            bundle: format!("{}/{id}", protocols::BUNDLES_DIR),
-            rootfs,
-            terminal: stdio.terminal,
-            stdin: stdio.stdin.map(stream_field).unwrap_or_default(),
-            stdout: stdio.stdout.map(stream_field).unwrap_or_default(),
-            stderr: stdio.stderr.map(stream_field).unwrap_or_default(),
-            options: MessageField::some(any(
-                protocols::CONTAINER_OPTIONS_TYPE_URL,
-                &options.write_to_bytes().expect("options"),
-            )),
-            ..Default::default()
-        };
+        let request = create_request(id, spec, stdio, rootfs);
         within(self.task.create(context(), &request)).await.map(|response| response.pid)
     }
 
-    /// A copy-on-write file system with busybox, so that containers leave no trace in each other's.
+    /// A file system of its own with busybox.
     pub(crate) fn rootfs_mount(&self, id: &str) -> Vec<Mount> {
         let rootfs = self.directory.path().join(id);
         make_rootfs(&rootfs);
@@ -279,6 +265,25 @@ impl Host {
 async fn ended(mut process: Child) -> std::process::ExitStatus {
     let status = tokio::task::spawn_blocking(move || process.wait());
     within(status).await.expect("no panic").expect("an exit status")
+}
+
+/// A request as the host half makes it.
+pub(crate) fn create_request(id: &str, spec: &Value, stdio: &Stdio, rootfs: Vec<Mount>) -> CreateTaskRequest {
+    let options = ContainerOptions { spec: spec.to_string().into_bytes(), ..Default::default() };
+    CreateTaskRequest {
+        id: id.into(),
+        bundle: format!("{}/{id}", protocols::BUNDLES_DIR),
+        rootfs,
+        terminal: stdio.terminal,
+        stdin: stdio.stdin.map(stream_field).unwrap_or_default(),
+        stdout: stdio.stdout.map(stream_field).unwrap_or_default(),
+        stderr: stdio.stderr.map(stream_field).unwrap_or_default(),
+        options: MessageField::some(any(
+            protocols::CONTAINER_OPTIONS_TYPE_URL,
+            &options.write_to_bytes().expect("options"),
+        )),
+        ..Default::default()
+    }
 }
 
 /// The stream ids of one process.

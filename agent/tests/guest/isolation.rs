@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use crate::harness::{Host, Stdio, privileged, process, shell, spec, unique};
+use crate::harness::{Host, Stdio, privileged, process, shell, spec, unique, within};
 
 /// Lets everything but mkdir, which gets "Operation not permitted".
 fn no_mkdir() -> serde_json::Value {
@@ -198,4 +198,30 @@ async fn a_device_that_no_rule_allows_can_be_made_but_not_used() {
         json!({"devices": [deny, {"allow": true, "type": "c", "major": 10, "minor": 229, "access": "rw"}]});
     let (status, _, stderr) = host.run(&unique("allowed"), &spec).await;
     assert_eq!(status, 0, "{stderr}");
+}
+
+#[tokio::test]
+async fn a_further_process_joins_the_cgroup_that_the_first_has_moved_to() {
+    if !privileged() {
+        return;
+    }
+    let mut host = Host::start().await;
+    let id = unique("moved");
+    let script =
+        "busybox mkdir /sys/fs/cgroup/sub && echo 1 > /sys/fs/cgroup/sub/cgroup.procs && echo moved; sleep 1000";
+    let mut spec = spec(shell(script));
+    spec["mounts"].as_array_mut().expect("mounts").push(json!(
+        {"destination": "/sys/fs/cgroup", "type": "cgroup", "source": "cgroup", "options": ["nosuid", "rw"]}
+    ));
+    let stdio = Stdio { stdout: Stdio::outputs().stdout, ..Stdio::default() };
+    host.create(&id, &spec, &stdio).await.expect("create");
+    host.begin(&id, "").await.expect("start");
+    let mut stdout = host.stream(stdio.stdout.expect("a stream")).await;
+    let mut moved = [0; 6];
+    within(tokio::io::AsyncReadExt::read_exact(&mut stdout, &mut moved)).await.expect("moved");
+    assert_eq!(host.run_exec(&id, &shell("grep ^0 /proc/self/cgroup")).await, (0, "0::/sub\n".into()));
+    host.kill(&id, "", 9).await.expect("kill");
+    host.wait(&id, "").await.expect("wait");
+    host.delete(&id, "").await.expect("delete removes the nested cgroup too");
+    assert!(!host.list("/sys/fs/cgroup").contains(&id));
 }

@@ -1,9 +1,12 @@
 //! Containers from create to delete: exit codes, signals, exec, what is refused, and what is left behind.
 
-use protocols::containerd::api::{KillRequest, PauseRequest, PidsRequest, ResumeRequest, StateRequest, Status};
+use protocols::containerd::api::{
+    CreateTaskRequest, KillRequest, PauseRequest, PidsRequest, ResumeRequest, StateRequest, Status,
+};
+use protocols::containerd::types::mount::Mount;
 use ttrpc::Code;
 
-use crate::harness::{Host, Stdio, context, privileged, process, refusal, shell, spec, unique, within};
+use crate::harness::{Host, Stdio, context, create_request, privileged, process, refusal, shell, spec, unique, within};
 
 const SIGTERM: u32 = 15;
 const SIGKILL: u32 = 9;
@@ -122,6 +125,63 @@ async fn what_cannot_be_created_is_refused_as_runc_does_and_leaves_nothing() {
         assert!(!host.list("/sys/fs/cgroup").contains(&id));
         assert_eq!(refusal(host.wait(&id, "").await).0, Code::NOT_FOUND);
     }
+}
+
+#[tokio::test]
+async fn specs_that_are_none_are_refused_with_what_is_wrong() {
+    if !privileged() {
+        return;
+    }
+    let host = Host::start().await;
+    let without = |field: &str| {
+        let mut spec = spec(shell("true"));
+        spec.as_object_mut().expect("an object").remove(field);
+        spec
+    };
+    let mut misspelt = spec(shell("true"));
+    misspelt["linux"]["namespaces"] = serde_json::json!([{"type": "pidd"}]);
+    let cases = [
+        (serde_json::json!("no object"), "the spec is not what the OCI runtime specification describes"),
+        (without("process"), "the spec has no process"),
+        (without("linux"), "the spec has no linux section"),
+        (misspelt, "pidd"),
+        (spec(process(&[])), "the spec has no args"),
+    ];
+    for (spec, expected) in cases {
+        let id = unique("spec");
+        let (_, text) = refusal(host.create(&id, &spec, &Stdio::default()).await);
+        assert!(text.contains(expected), "expected {expected:?} in {text:?}");
+        assert_eq!(host.list("/run/kata-containers/bundles"), Vec::<String>::new());
+    }
+}
+
+#[tokio::test]
+async fn requests_beyond_their_bounds_are_refused_before_anything_happens() {
+    if !privileged() {
+        return;
+    }
+    let host = Host::start().await;
+    let request = |change: &dyn Fn(&mut CreateTaskRequest)| {
+        let mut request = create_request("bounds", &spec(shell("true")), &Stdio::default(), Vec::new());
+        change(&mut request);
+        request
+    };
+    let huge = serde_json::json!({"padding": "x".repeat(3 << 20)});
+    let cases = [
+        (request(&|r| r.options.mut_or_insert_default().type_url = "other".into()), "tatami.agent.v1.ContainerOptions"),
+        (request(&|r| r.options = None.into()), "ContainerOptions"),
+        (request(&|r| r.stdout = "/run/fifo".into()), "stdout \"/run/fifo\""),
+        (request(&|r| r.bundle = "/etc".into()), "bundle \"/etc\""),
+        (create_request("bounds", &huge, &Stdio::default(), Vec::new()), "the limit is 2097152"),
+        (request(&|r| r.rootfs = vec![Mount::default(); 300]), "the limit is 256"),
+    ];
+    for (request, expected) in cases {
+        let (code, text) = refusal(within(host.task.create(context(), &request)).await);
+        assert_eq!((code, text.contains(expected)), (Code::INVALID_ARGUMENT, true), "{text}");
+    }
+    let restore = request(&|r| r.checkpoint = "/somewhere".into());
+    assert_eq!(refusal(within(host.task.create(context(), &restore)).await).0, Code::UNIMPLEMENTED);
+    assert_eq!(host.list("/run/kata-containers/bundles"), Vec::<String>::new());
 }
 
 #[tokio::test]

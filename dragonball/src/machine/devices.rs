@@ -84,7 +84,7 @@ impl Devices {
         let mut pmem = Pmem::open(&config.path, mode).map_err(refused("pmem"))?;
         let mapping = pmem.mapping();
         let no_room = || refused("pmem")("the guest's address space has no room left");
-        let range = self.high.place_pmem(mapping.len() as u64).ok_or_else(no_room)?;
+        let range = self.high.place_pmem(mapping.len()).ok_or_else(no_room)?;
         let host = mapping.host_address().as_ptr() as u64;
         // SAFETY: the mapping is as long as the range and lives in the device, which the `vmm` thread drops after it
         // has joined the vCPUs.

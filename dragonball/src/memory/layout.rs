@@ -77,6 +77,7 @@ impl Range {
     }
 
     /// Whether the two have an address in common.
+    #[cfg(test)]
     pub(crate) const fn overlaps(self, other: Self) -> bool {
         self.start < other.end() && other.start < self.end()
     }

@@ -165,7 +165,7 @@ mod tests {
             assert_eq!(data, [5]);
         }
         assert!(!bus.read_memory(0xC010_0005, &mut data));
-        assert!(!bus.read_memory(0xC020_0ffe, &mut [0; 4]), "an access across the end");
+        assert!(!bus.read_memory(0xC020_0FFE, &mut [0; 4]), "an access across the end");
     }
 
     #[test]

@@ -1,5 +1,7 @@
 //! Guests of a few bytes: hand-written 32-bit code in an ELF kernel with a PVH entry point.
 
+#![expect(clippy::unwrap_used, reason = "a helper of tests, which fail by panics")]
+
 use std::io::Write;
 use std::path::Path;
 use std::time::Duration;
@@ -8,50 +10,55 @@ use dragonball::{ConsoleOutput, ExitReason, MachineConfig, Vm, start};
 use tempfile::TempDir;
 
 /// Where the code is loaded and entered.
-pub const CODE: u32 = 0x20_0000;
+pub(crate) const CODE: u32 = 0x20_0000;
 
 /// Machine code, appended instruction by instruction.
 #[derive(Clone, Default)]
-pub struct Code(pub Vec<u8>);
+pub(crate) struct Code(Vec<u8>);
 
 impl Code {
-    pub fn new() -> Self {
+    pub(crate) fn new() -> Self {
         Self::default()
     }
 
-    pub fn raw(mut self, bytes: &[u8]) -> Self {
+    pub(crate) fn raw(mut self, bytes: &[u8]) -> Self {
         self.0.extend(bytes);
         self
     }
 
+    /// What was appended so far.
+    pub(crate) fn bytes(&self) -> Vec<u8> {
+        self.0.clone()
+    }
+
     /// `mov al, value; mov dx, port; out dx, al`
-    pub fn out_byte(self, port: u16, value: u8) -> Self {
+    pub(crate) fn out_byte(self, port: u16, value: u8) -> Self {
         let [low, high] = port.to_le_bytes();
         self.raw(&[0xb0, value, 0x66, 0xba, low, high, 0xee])
     }
 
     /// `mov dword [address], value`
-    pub fn store(self, address: u32, value: u32) -> Self {
+    pub(crate) fn store(self, address: u32, value: u32) -> Self {
         self.raw(&[0xc7, 0x05]).raw(&address.to_le_bytes()).raw(&value.to_le_bytes())
     }
 
     /// `mov byte [address], value`
-    pub fn store_byte(self, address: u32, value: u8) -> Self {
+    pub(crate) fn store_byte(self, address: u32, value: u8) -> Self {
         self.raw(&[0xc6, 0x05]).raw(&address.to_le_bytes()).raw(&[value])
     }
 
     /// `mov word [address], value`
-    pub fn store_word(self, address: u32, value: u16) -> Self {
+    pub(crate) fn store_word(self, address: u32, value: u16) -> Self {
         self.raw(&[0x66, 0xc7, 0x05]).raw(&address.to_le_bytes()).raw(&value.to_le_bytes())
     }
 
     /// `mov eax, [address]`
-    pub fn load(self, address: u32) -> Self {
+    pub(crate) fn load(self, address: u32) -> Self {
         self.raw(&[0xa1]).raw(&address.to_le_bytes())
     }
 
     /// Writes the four bytes of EAX to the debug UART, lowest first.
-    pub fn print_eax(self) -> Self {
+    pub(crate) fn print_eax(self) -> Self {
         let mut code = self.raw(&[0x66, 0xba, 0xf8, 0x03]);
         for _ in 0..4 {
             // out dx, al; shr eax, 8
@@ -61,22 +68,22 @@ impl Code {
     }
 
     /// Writes `text` to the debug UART.
-    pub fn print(self, text: &str) -> Self {
+    pub(crate) fn print(self, text: &str) -> Self {
         text.bytes().fold(self, |code, byte| code.out_byte(0x3f8, byte))
     }
 
     /// Powers off by ACPI, then spins.
-    pub fn power_off(self) -> Self {
+    pub(crate) fn power_off(self) -> Self {
         self.out_byte(0x600, 1 << 5 | 5 << 2).forever()
     }
 
     /// `jmp $`
-    pub fn forever(self) -> Self {
+    pub(crate) fn forever(self) -> Self {
         self.raw(&[0xeb, 0xfe])
     }
 
     /// Waits until the dword at `address` is `value`: `cmp dword [address], value; jne` back.
-    pub fn wait_for(self, address: u32, value: u32) -> Self {
+    pub(crate) fn wait_for(self, address: u32, value: u32) -> Self {
         self.raw(&[0x81, 0x3d]).raw(&address.to_le_bytes()).raw(&value.to_le_bytes()).raw(&[0x75, 0xf4])
     }
 }
@@ -114,20 +121,20 @@ fn kernel(code: &[u8]) -> Vec<u8> {
 
 /// What came of a guest.
 #[derive(Debug)]
-pub struct Outcome {
-    pub reason: ExitReason,
-    pub output: Vec<u8>,
+pub(crate) struct Outcome {
+    pub(crate) reason: ExitReason,
+    pub(crate) output: Vec<u8>,
 }
 
 impl Outcome {
     /// The output as little-endian words.
-    pub fn words(&self) -> Vec<u32> {
+    pub(crate) fn words(&self) -> Vec<u32> {
         self.output.chunks_exact(4).map(|word| u32::from_le_bytes(word.try_into().unwrap())).collect()
     }
 }
 
 /// Whether there is a KVM to test on. Only its absence skips a test, and says so.
-pub fn kvm() -> bool {
+pub(crate) fn kvm() -> bool {
     let present = Path::new("/dev/kvm").exists();
     if !present {
         eprintln!("SKIPPED: this host has no /dev/kvm");
@@ -136,7 +143,7 @@ pub fn kvm() -> bool {
 }
 
 /// A machine of 32 MiB that will run `code`, its UART into a file of `directory`.
-pub fn machine(directory: &TempDir, code: &Code) -> MachineConfig {
+pub(crate) fn machine(directory: &TempDir, code: &Code) -> MachineConfig {
     let path = directory.path().join("kernel");
     std::fs::File::create(&path).unwrap().write_all(&kernel(&code.0)).unwrap();
     MachineConfig {
@@ -147,7 +154,7 @@ pub fn machine(directory: &TempDir, code: &Code) -> MachineConfig {
 }
 
 /// Waits until `vm` ends, at most half a minute: a guest that hangs fails its test instead of holding it.
-pub fn wait_for_end(vm: &Vm) -> ExitReason {
+pub(crate) fn wait_for_end(vm: &Vm) -> ExitReason {
     use std::os::fd::AsRawFd;
     let mut poll = libc::pollfd { fd: vm.exit_event().as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let limit = i32::try_from(Duration::from_secs(30).as_millis()).unwrap();
@@ -158,7 +165,7 @@ pub fn wait_for_end(vm: &Vm) -> ExitReason {
 }
 
 /// Runs a machine to its end.
-pub fn run_machine(directory: &TempDir, config: MachineConfig) -> Outcome {
+pub(crate) fn run_machine(directory: &TempDir, config: MachineConfig) -> Outcome {
     let vm = start(config).unwrap();
     let reason = wait_for_end(&vm);
     drop(vm);
@@ -166,7 +173,7 @@ pub fn run_machine(directory: &TempDir, config: MachineConfig) -> Outcome {
 }
 
 /// Runs `code` in a machine without devices but the UART.
-pub fn run(code: &Code) -> Outcome {
+pub(crate) fn run(code: &Code) -> Outcome {
     let directory = tempfile::tempdir().unwrap();
     let config = machine(&directory, code);
     run_machine(&directory, config)

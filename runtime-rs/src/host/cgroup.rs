@@ -1,5 +1,7 @@
 //! The pod's cgroup on the host (cgroup v2): what the VM uses is accounted and limited where the orchestrator expects it.
 
+use std::ffi::{CStr, CString};
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use journal::{Effect, EffectId, Journal};
@@ -51,18 +53,56 @@ impl PodCgroup {
         enter(&self.origin).or_else(|_| enter(Path::new(MOUNT)))
     }
 
+    /// Makes what is missing of the path. Parents that this runtime made, now or for another pod, are removed with the
+    /// last pod in them; those of others stay.
     fn make(&mut self, target: &Path, journal: &Journal) -> Result<(), Error> {
-        let missing: Vec<&Path> = target.ancestors().take_while(|path| !path.exists()).collect();
-        for path in missing.into_iter().rev() {
-            self.effects.push(journal.record(Effect::Cgroup { path: path.to_owned() })?);
-            match std::fs::create_dir(path) {
-                // Another pod made the common parent meanwhile.
-                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
-                result => result.map_err(Error::host("make the cgroup", path))?,
+        for attempt in 1.. {
+            match self.try_make(target, journal) {
+                // The last pod of the common parent ended meanwhile, and took the parent with it.
+                Err(Error::Host { source, .. })
+                    if source.kind() == std::io::ErrorKind::NotFound && attempt < MAKE_ATTEMPTS => {}
+                result => return result,
             }
         }
         Ok(())
     }
+
+    fn try_make(&mut self, target: &Path, journal: &Journal) -> Result<(), Error> {
+        let mut levels: Vec<&Path> = target.ancestors().take_while(|path| *path != Path::new(MOUNT)).collect();
+        levels.reverse();
+        for path in levels {
+            if path.exists() && path != target && !is_marked(path) {
+                continue;
+            }
+            self.effects.push(journal.record(Effect::Cgroup { path: path.to_owned() })?);
+            match std::fs::create_dir(path) {
+                Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => {}
+                result => {
+                    result.map_err(Error::host("make the cgroup", path))?;
+                    mark(path);
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Extended attribute of the cgroups that this runtime made.
+const MARK: &CStr = c"user.kata";
+/// Pods that end at just the wrong moment, one after the other, before it is an error.
+const MAKE_ATTEMPTS: u32 = 8;
+
+/// Marks a cgroup as one of ours. Without the mark, which old kernels refuse, an empty parent may stay.
+fn mark(path: &Path) {
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return };
+    // SAFETY: both names are NUL-terminated and outlive the call; the value is one byte, as its length says.
+    unsafe { libc::setxattr(path.as_ptr(), MARK.as_ptr(), c"1".as_ptr().cast(), 1, 0) };
+}
+
+fn is_marked(path: &Path) -> bool {
+    let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return false };
+    // SAFETY: both names are NUL-terminated and outlive the call; with size 0 nothing is written.
+    unsafe { libc::getxattr(path.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }
 }
 
 fn enter(cgroup: &Path) -> Result<(), Error> {

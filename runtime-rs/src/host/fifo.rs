@@ -1,6 +1,7 @@
 //! containerd's stdio: FIFOs that are opened without ever waiting for the other side.
 
 use std::io::ErrorKind;
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 
 use tokio::net::unix::pipe;
@@ -44,20 +45,33 @@ pub async fn open_output(name: &str) -> Result<Option<Output>, Error> {
     Ok(Some(Output::Fifo(sender)))
 }
 
-/// Opens the `stdin` of a request; an empty name is none.
+/// Checks the `stdin` of a request, which is opened later; an empty name is none.
 ///
 /// # Errors
 ///
 /// As [`open_output`].
-pub fn open_input(name: &str) -> Result<Option<Input>, Error> {
+pub fn check_input(name: &str) -> Result<Option<PathBuf>, Error> {
     if name.is_empty() {
         return Ok(None);
     }
     let path = fifo_path(name)?;
+    let metadata = std::fs::metadata(&path).map_err(Error::host("find the FIFO", &path))?;
+    if !metadata.file_type().is_fifo() {
+        return Err(explain(path)(ErrorKind::InvalidInput.into()));
+    }
+    Ok(Some(path))
+}
+
+/// Opens a checked `stdin`.
+///
+/// # Errors
+///
+/// As [`open_output`].
+pub fn open_input(path: &Path) -> Result<Input, Error> {
     // The reader first: a writer cannot be opened without one.
-    let reader = pipe::OpenOptions::new().open_receiver(&path).map_err(explain(path.clone()))?;
-    let keep_open = pipe::OpenOptions::new().open_sender(&path).map_err(explain(path))?;
-    Ok(Some(Input { reader, keep_open }))
+    let reader = pipe::OpenOptions::new().open_receiver(path).map_err(explain(path.to_owned()))?;
+    let keep_open = pipe::OpenOptions::new().open_sender(path).map_err(explain(path.to_owned()))?;
+    Ok(Input { reader, keep_open })
 }
 
 fn fifo_path(name: &str) -> Result<PathBuf, Error> {

@@ -46,7 +46,7 @@ pub async fn start(pod: &Arc<Pod>, request: &StartRequest) -> Result<(), Error> 
         return Err(wrong_phase("start", &process.phase()));
     }
     if !container.is_pause()
-        && let Err(error) = start_in_guest(pod, request).await
+        && let Err(error) = start_in_guest(pod, request, &process).await
     {
         process.advance(&Phase::Starting, Phase::Created);
         return Err(error);
@@ -66,8 +66,9 @@ pub async fn start(pod: &Arc<Pod>, request: &StartRequest) -> Result<(), Error> 
     Ok(())
 }
 
-async fn start_in_guest(pod: &Pod, request: &StartRequest) -> Result<(), Error> {
+async fn start_in_guest(pod: &Pod, request: &StartRequest, process: &Process) -> Result<(), Error> {
     let sandbox = pod.sandbox()?;
+    process.open_input()?;
     sandbox.task.start(deadline(), request).await.map_err(|error| sandbox.explain(error))?;
     Ok(())
 }

@@ -9,6 +9,7 @@ use tokio::sync::watch;
 
 use super::stdio::{Names, Pumps};
 use crate::delete::EXIT_KILLED;
+use crate::error::Error;
 
 /// How long a reader may take for the rest of the output once its process is deleted.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
@@ -132,6 +133,15 @@ impl Process {
     pub async fn settled(&self) {
         // As above: the sender lives.
         let _ = self.phase.subscribe().wait_for(|phase| *phase != Phase::Starting).await;
+    }
+
+    /// Begins to read its input.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when it cannot be opened.
+    pub fn open_input(&self) -> Result<(), Error> {
+        self.pumps.open_input()
     }
 
     /// The client has no more input.

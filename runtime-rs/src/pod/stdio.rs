@@ -3,8 +3,9 @@
 //! Backpressure is the kernel's: a pump reads only what the other side has taken. A pump holds a buffer only while bytes
 //! are on their way, so an idle container costs none.
 
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use protocols::STREAM_SCHEME;
@@ -50,13 +51,25 @@ impl FirstByte {
     }
 }
 
+/// The input of a process.
+#[derive(Debug, Default)]
+enum Inlet {
+    /// There is none, or it is over.
+    #[default]
+    Closed,
+    /// Not opened before the process starts: a client that hits the end of its own input while `Create` is under way has
+    /// no task yet that it could call `CloseIO` of, and holds back only as long as nobody reads.
+    Waiting { path: PathBuf, opening: Opening, ended: bool },
+    /// Being pumped; without `keep_open` to its end.
+    Open { keep_open: Option<pipe::Sender>, pump: JoinHandle<()> },
+}
+
 /// The running pumps of one process.
 #[derive(Debug, Default)]
 pub struct Pumps {
     streams: Option<Arc<Streams>>,
     ids: Vec<u64>,
-    keep_open: Mutex<Option<pipe::Sender>>,
-    input: Option<JoinHandle<()>>,
+    input: Mutex<Inlet>,
     outputs: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -68,17 +81,16 @@ impl Pumps {
     ///
     /// [`Error`] of the first name that cannot be opened; no pump runs then.
     pub async fn start(names: &Names, streams: &Arc<Streams>, first: &Arc<FirstByte>) -> Result<(Names, Self), Error> {
-        let input = fifo::open_input(&names.stdin)?;
+        let input = fifo::check_input(&names.stdin)?;
         let stdout = fifo::open_output(&names.stdout).await?;
         let stderr = if names.terminal { None } else { fifo::open_output(&names.stderr).await? };
 
         let mut pumps = Self::default();
         pumps.streams = Some(Arc::clone(streams));
         let mut guest = Names { terminal: names.terminal, ..Names::default() };
-        if let Some(Input { reader, keep_open }) = input {
+        if let Some(path) = input {
             let opening = pumps.expect(streams, &mut guest.stdin);
-            *pumps.keep_open.get_mut().unwrap_or_else(PoisonError::into_inner) = Some(keep_open);
-            pumps.input = Some(tokio::spawn(pump_in(reader, opening)));
+            *pumps.input() = Inlet::Waiting { path, opening, ended: false };
         }
         for (output, name) in [(stdout, &mut guest.stdout), (stderr, &mut guest.stderr)] {
             if let Some(output) = output {
@@ -97,9 +109,41 @@ impl Pumps {
         opening
     }
 
+    /// Begins to read the input of a process that is about to start.
+    ///
+    /// # Errors
+    ///
+    /// [`Error`] when it cannot be opened.
+    pub fn open_input(&self) -> Result<(), Error> {
+        let mut inlet = self.input();
+        match std::mem::take(&mut *inlet) {
+            Inlet::Waiting { path, opening, ended } => {
+                let Input { reader, keep_open } = fifo::open_input(&path)?;
+                let pump = tokio::spawn(pump_in(reader, opening));
+                *inlet = Inlet::Open { keep_open: Some(keep_open).filter(|_| !ended), pump };
+            }
+            other => *inlet = other,
+        }
+        Ok(())
+    }
+
     /// The client has no more input (`CloseIO`): the process sees the end of file once everything is read.
     pub fn close_input(&self) {
-        drop(self.keep_open.lock().unwrap_or_else(PoisonError::into_inner).take());
+        match &mut *self.input() {
+            Inlet::Closed => {}
+            Inlet::Waiting { ended, .. } => *ended = true,
+            Inlet::Open { keep_open, .. } => drop(keep_open.take()),
+        }
+    }
+
+    fn input(&self) -> MutexGuard<'_, Inlet> {
+        self.input.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn abort_input(&self) {
+        if let Inlet::Open { pump, .. } = std::mem::take(&mut *self.input()) {
+            pump.abort();
+        }
     }
 
     /// Waits until all output is written, for at most `deadline`; then everything is closed.
@@ -112,16 +156,14 @@ impl Pumps {
                 pump.abort();
             }
         }
-        self.close_input();
-        if let Some(input) = &self.input {
-            input.abort();
-        }
+        self.abort_input();
     }
 }
 
 impl Drop for Pumps {
     fn drop(&mut self) {
-        for pump in self.outputs.get_mut().unwrap_or_else(PoisonError::into_inner).iter().chain(&self.input) {
+        self.abort_input();
+        for pump in self.outputs.get_mut().unwrap_or_else(PoisonError::into_inner) {
             pump.abort();
         }
         if let Some(streams) = &self.streams {

@@ -212,10 +212,13 @@ impl Task for Agent {
             return futures::future::pending().await;
         }
         let process = self.find(&request.id, &request.exec_id)?;
+        let mut command = tokio::process::Command::new(&process.arguments[0]);
+        command.args(&process.arguments[1..]).current_dir(&process.directory).process_group(0);
         // As in a machine: nothing outlives it.
-        let mut command = tokio::process::Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL"]).args(&process.arguments);
-        command.current_dir(&process.directory).process_group(0);
+        // SAFETY: the closure makes one system call, which is safe between fork and exec.
+        unsafe {
+            command.pre_exec(|| Ok(nix::sys::prctl::set_pdeathsig(nix::sys::signal::Signal::SIGKILL)?));
+        }
         let stdio = |fd: Option<OwnedFd>| fd.map_or_else(Stdio::null, Stdio::from);
         command.stdin(stdio(self.stream(&process.stdin).await));
         command.stdout(stdio(self.stream(&process.stdout).await));

@@ -20,6 +20,7 @@ pub(crate) fn all() -> Vec<Trial> {
         trial("the task API answers under its second and its third name", both_versions),
         trial("64 MiB go in and out whole with a slow reader", streams),
         trial("closing the input ends a process that reads it", close_input),
+        trial("input that ends before the process starts arrives whole, and ends", early_close),
         trial("signals end processes with 128 plus their number", signals),
         trial("execs have their own stdio, exits and deletes", execs),
         trial("requests in the wrong state are refused with containerd's codes", wrong_states),
@@ -144,6 +145,26 @@ async fn close_input() {
     task.close_input("").await;
     assert_eq!(task.wait("").await.unwrap(), 0);
     assert_eq!(output.await.unwrap(), b"first second");
+    task.delete("").await.unwrap();
+    finish(&node, &task).await;
+}
+
+async fn early_close() {
+    let node = Node::new().await;
+    let io = Io { stdin: node.fifo("in"), stdout: node.fifo("out"), ..Io::default() };
+    let output = read_all(&io.stdout);
+    let writer = tokio::task::spawn_blocking({
+        let stdin = io.stdin.clone();
+        move || fs::OpenOptions::new().write(true).open(stdin).unwrap().write_all(b"early").unwrap()
+    });
+    let task = node.create("early", &["/bin/cat"], &io).await;
+    // Nobody reads before the start: a client can tell the end of its input to a task that exists.
+    assert!(!writer.is_finished());
+    task.close_input("").await;
+    task.start("").await.unwrap();
+    writer.await.unwrap();
+    assert_eq!(task.wait("").await.unwrap(), 0);
+    assert_eq!(output.await.unwrap(), b"early");
     task.delete("").await.unwrap();
     finish(&node, &task).await;
 }

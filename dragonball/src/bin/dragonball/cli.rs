@@ -43,7 +43,7 @@ Exit status:
   5  the guest met a triple fault
   6  the machine was stopped from outside (SIGINT, SIGTERM)
 
-Sizes are in bytes or have a suffix: 512K, 128M, 2G.
+Sizes are in MiB or have a suffix: 128, 128M, 2G.
 
 The machine's own part of the kernel command line comes first; --cmdline is appended to it. The environment variable
 RUST_LOG sets what is logged to standard error (for instance RUST_LOG=debug).";
@@ -119,9 +119,8 @@ fn parse_size(text: &str) -> Result<u64, String> {
     let digits_end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (digits, suffix) = text.split_at(digits_end);
     let shift = match suffix.to_ascii_uppercase().as_str() {
-        "" => 0,
         "K" => 10,
-        "M" => 20,
+        "" | "M" => 20,
         "G" => 30,
         "T" => 40,
         _ => return Err(format!("{suffix:?} is no suffix of a size: use K, M, G or T")),
@@ -230,11 +229,11 @@ mod tests {
 
     #[test]
     fn sizes_are_understood_or_refused() {
-        for (text, bytes) in [("0", 0), ("512K", 512 << 10), ("128m", 128 << 20), ("2G", 2 << 30), ("100T", 100 << 40)]
+        for (text, bytes) in [("0", 0), ("512K", 512 << 10), ("128", 128 << 20), ("128m", 128 << 20), ("2G", 2 << 30), ("100T", 100 << 40)]
         {
             assert_eq!(parse_size(text), Ok(bytes));
         }
-        for text in ["", "M", "1X", "-1M", "1.5G", "99999999999T", "99999999999999999999"] {
+        for text in ["", "M", "1X", "-1M", "1.5G", "99999999999T", "99999999999999999", "99999999999999999999"] {
             assert!(parse_size(text).is_err(), "{text}");
         }
     }

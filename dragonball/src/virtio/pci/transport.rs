@@ -266,6 +266,7 @@ impl Transport {
     }
 
     /// The state to be saved, taken while the vCPUs stand still.
+    #[cfg_attr(not(test), expect(dead_code, reason = "part of saving a whole machine, which comes with templates"))]
     pub(crate) fn save(&self) -> TransportState {
         let state = self.state();
         TransportState {
@@ -282,6 +283,7 @@ impl Transport {
     ///
     /// # Errors
     /// When the state is not one of such a device; nothing has changed then.
+    #[cfg_attr(not(test), expect(dead_code, reason = "part of saving a whole machine, which comes with templates"))]
     pub(crate) fn restore(&self, saved: &TransportState) -> io::Result<()> {
         let misfit = || io::Error::new(io::ErrorKind::InvalidData, "the saved transport is of another device");
         let mut state = self.state();

@@ -9,7 +9,9 @@
 #![expect(clippy::expect_used, reason = "a test that cannot set its machine up has failed, and says where")]
 
 mod events;
+pub mod pci;
 mod ring;
+pub mod script;
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -151,9 +153,14 @@ impl<D: VirtioDevice> Harness<D> {
         self.device.activate(activation, &mut self.events)
     }
 
+    /// Resets the device; the driver's rings stay as they are.
+    fn reset_device(&mut self) {
+        self.device.reset(&mut self.events);
+    }
+
     /// Resets the device and the driver's rings.
     pub fn reset(&mut self) {
-        self.device.reset(&mut self.events);
+        self.reset_device();
         self.rings.iter_mut().for_each(DriverRing::reset);
     }
 

@@ -130,6 +130,11 @@ impl DriverRing {
         queue
     }
 
+    /// How many entries the ring has.
+    pub fn size(&self) -> u16 {
+        self.size
+    }
+
     /// How many descriptors are in no chain.
     pub fn free(&self) -> usize {
         self.free.len()
@@ -237,6 +242,20 @@ impl DriverRing {
         self.set_used_event(self.next_used);
         self.free.append(&mut self.chains[usize::from(head)]);
         Some(Used { head, written })
+    }
+
+    /// Takes the next used buffer, whatever the device gave back; false when there is none.
+    pub(super) fn take_used_of_any_kind(&mut self) -> bool {
+        if self.used_index() == self.next_used {
+            return false;
+        }
+        let slot = self.used + 4 + 8 * u64::from(self.next_used % self.size);
+        let head = usize::from(self.load(slot));
+        self.next_used = self.next_used.wrapping_add(1);
+        if let Some(chain) = self.chains.get_mut(head) {
+            self.free.append(chain);
+        }
+        true
     }
 
     fn store(&self, address: u64, value: u16) {

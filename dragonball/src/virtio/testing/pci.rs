@@ -1,0 +1,86 @@
+//! A hostile driver of the PCI transport: accesses of configuration space and of the registers behind it.
+
+use std::sync::Arc;
+
+use kvm_ioctls::VmFd;
+use vm_memory::{GuestAddress, GuestMemoryMmap};
+
+use super::script::Script;
+use super::{MEMORY_SIZE, MEMORY_START};
+use crate::control;
+use crate::irq::router::IrqRouter;
+use crate::kvm;
+use crate::memory::layout::PCI_32;
+use crate::pci::bus::PciBus;
+use crate::virtio::device::{GuestMemory, VirtioDevice};
+use crate::virtio::pci::{Hardware, REGION_LENGTH, Transport};
+use crate::virtio::rng::Rng;
+use crate::virtio::vsock::Vsock;
+
+/// A bus with two functions in a VM without a vCPU. Requests to the devices behind them go nowhere, as in a machine that
+/// is ending.
+pub struct PciMachine {
+    vm: Arc<VmFd>,
+    memory: GuestMemory,
+}
+
+impl PciMachine {
+    /// A VM; `None` where there is no `/dev/kvm`, or one that lacks something.
+    #[must_use]
+    pub fn new() -> Option<Self> {
+        let vm = kvm::create_vm(&kvm::open().ok()?).ok()?;
+        let length = usize::try_from(MEMORY_SIZE).expect("a small memory");
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(MEMORY_START), length)]).expect("guest memory");
+        Some(Self { vm, memory: Arc::new(memory) })
+    }
+
+    /// Does the accesses of `script`.
+    ///
+    /// # Panics
+    /// When the transport does.
+    pub fn run(&self, mut script: Script<'_>) {
+        let bus = self.bus();
+        while !script.is_over() {
+            let kind = script.byte();
+            let place = script.word();
+            let size = 1 << (kind >> 6 & 1 | kind >> 5 & 2).min(3);
+            let data: [u8; 8] = script.array();
+            let mut seen = [0; 8];
+            // The functions are in slots 1 and 2; a bit of what is around them is part of the test.
+            let config = u64::from(place) % (4 << 15);
+            let address = PCI_32.start + u64::from(place) % (3 * u64::from(REGION_LENGTH));
+            match kind & 3 {
+                0 => bus.read_config(config, &mut seen[..size.min(4)]),
+                1 => bus.write_config(config, &data[..size.min(4)]),
+                2 => drop(bus.read_memory(address, &mut seen[..size])),
+                _ => bus.write_memory(address, &data[..size]),
+            }
+        }
+        // A driver that leaves resets its devices: KVM then watches no doorbell of this run any more.
+        for slot in 1..3_u64 {
+            bus.write_config(slot << 15 | 4, &[0; 4]);
+        }
+    }
+
+    fn bus(&self) -> PciBus {
+        let directory = tempfile::tempdir().expect("a temporary directory");
+        let vsock = Vsock::new(3, &directory.path().join("vsock")).expect("a device");
+        let devices: [Box<dyn VirtioDevice>; 2] = [Box::new(Rng::new()), Box::new(vsock)];
+        let (control, mailbox) = control::channel().expect("a mailbox");
+        drop(mailbox);
+        let hardware = Hardware {
+            vm: Arc::clone(&self.vm),
+            router: Arc::new(IrqRouter::new(Arc::clone(&self.vm))),
+            memory: Arc::clone(&self.memory),
+            control,
+        };
+        let bus = PciBus::default();
+        for (number, device) in devices.iter().enumerate() {
+            let address = PCI_32.start + number as u64 * u64::from(REGION_LENGTH);
+            let address = u32::try_from(address).expect("an address below 4 GiB");
+            let transport = Transport::new(hardware.clone(), device.as_ref(), number, address).expect("a transport");
+            bus.add(Arc::new(transport)).expect("a slot");
+        }
+        bus
+    }
+}
