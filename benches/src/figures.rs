@@ -24,8 +24,8 @@ pub struct Inputs {
     pub dist: PathBuf,
     /// OCI archives.
     pub images: PathBuf,
-    /// The peer's kernel.
-    pub reference: PathBuf,
+    /// The peer's kernel, if it is measured.
+    pub reference: Option<PathBuf>,
     /// The smallest guest.
     pub initrd: PathBuf,
     /// Measurements of each quantity.
@@ -133,7 +133,8 @@ pub fn kernel_samples(site: &Site, kernels: &[PathBuf], initrd: &Path, rounds: u
 }
 
 fn kernels(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
-    let kernels = [kernel(&inputs.dist), inputs.reference.clone()];
+    let reference = inputs.reference.clone().context("The peer's kernel was not built")?;
+    let kernels = [kernel(&inputs.dist), reference];
     let samples = kernel_samples(site, &kernels, &inputs.initrd, inputs.rounds)?;
     let names = ["base", "reference"].map(|profile| format!("{profile} kernel: vCPU creation to init in QEMU microvm"));
     compare(report, "Guest kernel, virtual time", [&names[0], &names[1]], [&samples[0], &samples[1]], 0.6);

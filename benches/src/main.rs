@@ -169,7 +169,7 @@ fn run(arguments: &Run) -> Result<()> {
     let inputs = Inputs {
         dist: arguments.dist.clone(),
         images: arguments.images.clone(),
-        reference: reference(&status)?,
+        reference: if wanted(&arguments.only, Group::Kernel) { Some(reference(&status)?) } else { None },
         initrd: initrd.path().to_owned(),
         rounds: arguments.rounds.into(),
     };
@@ -187,6 +187,10 @@ fn run(arguments: &Run) -> Result<()> {
         println!("{}", report.markdown());
     }
     Ok(())
+}
+
+fn wanted(only: &[Group], group: Group) -> bool {
+    only.is_empty() || only.contains(&group)
 }
 
 fn initrd() -> Result<tempfile::NamedTempFile> {
@@ -221,8 +225,7 @@ fn reference(status: &Status) -> Result<PathBuf> {
 
 fn measure(clock: Clock, only: &[Group], inputs: &Inputs, report: &mut Report, status: &Status) -> Result<()> {
     for group in Group::ALL {
-        let wanted = only.is_empty() || only.contains(&group);
-        if !wanted || (group.is_virtual_only() && clock == Clock::Wall) {
+        if !wanted(only, group) || (group.is_virtual_only() && clock == Clock::Wall) {
             continue;
         }
         status.step(&format!("Measuring {} in {}", group.name(), clock.name()));

@@ -10,12 +10,13 @@ use serde::{Deserialize, Serialize};
 
 use crate::dotconfig::{DotConfig, Refusal, refusals, write_requests};
 use crate::fragment::{self, Request};
+use crate::image;
 use crate::make::{Kbuild, checked, compiled};
 use crate::profile::{Profile, Start};
 use crate::source::{self, Source};
 
 /// Changes when the files of a result or the way that they are made change.
-const FORMAT: &str = "1";
+const FORMAT: &str = "2";
 /// Programs that kbuild needs beside the compiler, and Debian's packages that bring them.
 const TOOLS: &[(&str, &str)] = &[
     ("gcc", "gcc"),
@@ -93,6 +94,15 @@ pub enum Error {
         size: u64,
         /// Bytes it may have.
         limit: u64,
+    },
+    /// The linked kernel is not what a linker writes.
+    #[error("Cannot pack {path}")]
+    Image {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        #[source]
+        source: image::Error,
     },
     /// A result in the cache cannot be read.
     #[error("{path} is no build result; remove its directory and build again")]
@@ -261,9 +271,16 @@ impl Build<'_> {
     }
 
     fn install(&self, kbuild: &Kbuild<'_>, result: &Path) -> Result<(), Error> {
-        self.progress.step("Stripping");
+        self.progress.step("Packing");
         let vmlinux = result.join("vmlinux");
-        checked(Command::new("strip").arg("-o").arg(&vmlinux).arg(kbuild.objects.join("vmlinux")))?;
+        let linked = kbuild.objects.join("vmlinux");
+        if self.profile == Profile::Reference {
+            checked(Command::new("strip").arg("-o").arg(&vmlinux).arg(&linked))?;
+        } else {
+            let file = fs::read(&linked).map_err(Error::io("read", &linked))?;
+            let packed = image::pack(&file).map_err(|source| Error::Image { path: linked, source })?;
+            fs::write(&vmlinux, packed).map_err(Error::io("write", &vmlinux))?;
+        }
         for (from, to) in [(".config", "config"), ("System.map", "System.map")] {
             let from = kbuild.objects.join(from);
             fs::copy(&from, result.join(to)).map_err(Error::io("copy", &from))?;

@@ -7,6 +7,7 @@
 pub mod build;
 pub mod dotconfig;
 pub mod fragment;
+pub mod image;
 pub mod make;
 pub mod profile;
 pub mod source;

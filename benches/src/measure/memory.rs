@@ -108,7 +108,7 @@ pub fn measure_agent(kernel: &Path, image: &Path, rounds: usize) -> Result<Sampl
 fn start_agent(kernel: &Path, image: &Path, socket: &Path) -> Result<AgentGuest> {
     let program = Vmm::Dragonball.program();
     let child = Command::new(program)
-        .args(["run", "--cpus", "1", "--memory", &GUEST_MEMORY.to_string(), "--cmdline", AGENT_COMMAND_LINE])
+        .args(["run", "--cpus", "1", "--memory", &format!("{GUEST_MEMORY}M"), "--cmdline", AGENT_COMMAND_LINE])
         .arg("--kernel")
         .arg(kernel)
         .arg("--pmem")

@@ -40,7 +40,7 @@ impl Vmm {
         let mut command = Command::new(self.program());
         match self {
             Self::Dragonball => {
-                command.args(["run", "--cpus", "1", "--memory", &GUEST_MEMORY.to_string()]);
+                command.args(["run", "--cpus", "1", "--memory", &format!("{GUEST_MEMORY}M")]);
                 command.arg("--kernel").arg(kernel).arg("--initrd").arg(initrd).args(["--cmdline", COMMAND_LINE]);
             }
             Self::Microvm => {
