@@ -3,8 +3,12 @@
 //! This process touches nothing of the host itself. It executes itself once as the pod process and talks to it over a
 //! socket pair: the pod process says that it listens, `start` prints the address and says that it did. If `start` is
 //! killed before that, the pod process sees the socket close, and undoes what it did.
+//!
+//! containerd runs `delete` for a pod process that it has connected to. Until it has, a copy of this process that
+//! containerd does not wait for keeps watch: should the pod process be killed in between, nobody else would know.
 
 use std::collections::HashMap;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
@@ -14,6 +18,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use journal::ProcessId;
+use nix::unistd::{ForkResult, dup2_stderr, dup2_stdin, dup2_stdout, fork, setsid};
 use serde::Deserialize;
 
 use crate::args::Args;
@@ -24,11 +29,15 @@ use crate::{BINARY, delete};
 pub const READY: &[u8] = b"ready\n";
 /// What `start` answers when the address is printed.
 pub const PRINTED: &[u8] = b"printed\n";
+/// What the pod process says when containerd has connected.
+pub const CONNECTED: &[u8] = b"connected\n";
 /// Environment variable with the stamps of `start` for the timeline: `name=nanoseconds,…`.
 pub const STAMPS_VARIABLE: &str = "KATA_START_STAMPS";
 
 /// The pod process has only its sockets to make until it answers.
 const READY_DEADLINE: Duration = Duration::from_secs(10);
+/// A pod process gives containerd less than this to connect, and then ends by itself.
+const GUARD_DEADLINE: Duration = Duration::from_secs(20);
 /// A larger `config.json` is refused (bytes).
 pub(crate) const MAX_SPEC: u64 = 8 << 20;
 /// The longest failure that the pod process tells (bytes).
@@ -89,6 +98,7 @@ pub fn run(args: &Args, root: &Path) -> Result<(), StartError> {
         Ok(()) => {
             // The pod process may have ended meanwhile; containerd finds out by itself.
             let _ = channel.write_all(PRINTED);
+            guard(channel, &paths);
             Ok(())
         }
         Err(error) => {
@@ -113,7 +123,7 @@ fn sandbox_of(bundle: &Path, id: &str) -> Result<String, StartError> {
     }
     let read = || -> std::io::Result<Annotated> {
         let mut text = Vec::new();
-        std::fs::File::open(bundle.join("config.json"))?.take(MAX_SPEC).read_to_end(&mut text)?;
+        File::open(bundle.join("config.json"))?.take(MAX_SPEC).read_to_end(&mut text)?;
         Ok(serde_json::from_slice(&text)?)
     };
     let spec = read().map_err(|source| StartError::Bundle { path: bundle.to_owned(), source })?;
@@ -173,6 +183,31 @@ fn await_ready(channel: &mut UnixStream) -> Result<(), StartError> {
         }
     }
     Ok(())
+}
+
+/// Leaves a copy of this process behind that undoes what the pod process did if it dies before containerd connects.
+///
+/// Without it a start is as good; only a pod process that is killed in that instant would leave something.
+fn guard(mut channel: UnixStream, paths: &Paths) {
+    // SAFETY: this process has one thread, so the child may do whatever the parent may.
+    let Ok(ForkResult::Child) = (unsafe { fork() }) else { return };
+    // containerd waits until nobody holds the outputs of `start`.
+    let let_go = File::options().read(true).write(true).open("/dev/null").and_then(|null| {
+        dup2_stdin(&null)?;
+        dup2_stdout(&null)?;
+        dup2_stderr(&null)?;
+        Ok(setsid().map(drop)?)
+    });
+    let mut said = [0; CONNECTED.len()];
+    let connected = let_go
+        .and_then(|()| channel.set_read_timeout(Some(GUARD_DEADLINE)))
+        .and_then(|()| channel.read_exact(&mut said))
+        .is_ok();
+    if !connected {
+        // Nobody listens to this process: what it cannot undo, a later `delete` tries again.
+        let _ = delete::undo(paths);
+    }
+    std::process::exit(0)
 }
 
 /// Ends a pod process that did not come up, and undoes what it did.

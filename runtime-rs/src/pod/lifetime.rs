@@ -25,7 +25,7 @@ use crate::args::Args;
 use crate::error::chain;
 use crate::host::{blocking, log};
 use crate::machine::Launcher;
-use crate::start::{PRINTED, READY, STAMPS_VARIABLE};
+use crate::start::{CONNECTED, PRINTED, READY, STAMPS_VARIABLE};
 
 /// containerd connects at once after `start`; a pod process that nobody wants ends after this.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
@@ -170,8 +170,12 @@ async fn wanted(mut channel: UnixStream, connected: Arc<Notify>) -> bool {
     if channel.write_all(READY).await.is_err() || channel.read_exact(&mut answer).await.is_err() {
         return false;
     }
-    drop(channel);
-    tokio::time::timeout(CONNECT_DEADLINE, connected.notified()).await.is_ok()
+    let wanted = tokio::time::timeout(CONNECT_DEADLINE, connected.notified()).await.is_ok();
+    if wanted {
+        // From here on containerd knows this process, and its `delete` is the one that cleans up.
+        let _ = channel.write_all(CONNECTED).await;
+    }
+    wanted
 }
 
 /// Ends the machine and undoes everything; each step is tried whatever the others do.
