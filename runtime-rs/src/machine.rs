@@ -157,10 +157,18 @@ fn check_image(path: &Path) -> Result<(), LaunchError> {
     use std::os::unix::fs::FileExt;
     let bad = |problem: String| LaunchError::Image { path: path.to_owned(), problem };
     let file = std::fs::File::open(path).map_err(|error| bad(format!("cannot be opened: {error}")))?;
-    let mut magic = [0; 4];
-    file.read_exact_at(&mut magic, 1024).map_err(|error| bad(format!("has no super block: {error}")))?;
-    if magic != EROFS_MAGIC {
+    let size = file.metadata().map_err(|error| bad(format!("cannot be examined: {error}")))?.len();
+    let mut block = [0; 40];
+    file.read_exact_at(&mut block, 1024).map_err(|error| bad(format!("has no super block: {error}")))?;
+    let [m0, m1, m2, m3, ..] = block;
+    if [m0, m1, m2, m3] != EROFS_MAGIC {
         return Err(bad("is not an EROFS file system".to_owned()));
+    }
+    // blkszbits at 12, blocks at 36. What lies beyond the file would be the guest's to fault on.
+    let blocks = u32::from_le_bytes([block[36], block[37], block[38], block[39]]);
+    let wanted = u64::from(blocks).checked_shl(u32::from(block[12])).unwrap_or(u64::MAX);
+    if wanted > size {
+        return Err(bad(format!("was cut off: it has {size} bytes, its file system {wanted}")));
     }
     Ok(())
 }
@@ -183,6 +191,20 @@ mod tests {
         let mut image = vec![0; 4096];
         image[1024..1028].copy_from_slice(&[0xE2, 0xE1, 0xF5, 0xE0]);
         std::fs::write(file.path(), image).unwrap();
+        check_image(file.path()).unwrap();
+    }
+
+    #[test]
+    fn an_image_that_was_cut_off_is_refused_with_both_sizes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let mut image = vec![0; 4096];
+        image[1024..1028].copy_from_slice(&[0xE2, 0xE1, 0xF5, 0xE0]);
+        image[1024 + 12] = 12;
+        image[1024 + 36] = 2;
+        std::fs::write(file.path(), image).unwrap();
+        let message = check_image(file.path()).unwrap_err().to_string();
+        assert!(message.contains("4096 bytes") && message.contains("8192"), "{message}");
+        file.as_file().set_len(8192).unwrap();
         check_image(file.path()).unwrap();
     }
 }

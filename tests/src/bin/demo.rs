@@ -69,7 +69,8 @@ fn tell(ctr: &Ctr, arguments: &[&str], run: impl FnOnce() -> Result<Finished>) -
     let finished = run()?;
     let (text, errors) = (finished.text(), finished.error_text());
     for line in text.lines().chain(errors.lines()) {
-        println!("{line}");
+        // A program that overwrites its line (redis-benchmark -q) shows its last state.
+        println!("{}", line.trim_end().rsplit('\r').next().unwrap_or_default().trim_end());
     }
     // `task delete --force` answers the exit code of what it killed.
     let killed = arguments.contains(&"--force") && finished.code == 137;
