@@ -57,7 +57,12 @@ struct Disk {
 impl Disk {
     fn new(by: By) -> Self {
         let image = image();
-        let harness = Harness::new(Blk::with_engine(image.path(), false, by.engine()).unwrap());
+        let device = Blk::with_engine(image.path(), false, by.engine()).unwrap();
+        // Both engines and both kinds of rings, each with one of the other.
+        let harness = match by {
+            By::Ring => Harness::new(device),
+            By::Thread => Harness::without_event_index(device),
+        };
         Self { harness, image }
     }
 

@@ -4,6 +4,7 @@ use std::fs::File;
 use std::io::{Read, Seek, Write};
 use std::os::fd::AsFd;
 
+use rstest::rstest;
 use vm_memory::GuestAddress;
 
 use super::*;
@@ -61,10 +62,14 @@ fn a_console_without_output_keeps_the_tail() {
     assert_eq!(harness.device.tail().text(), "nobody reads this");
 }
 
-#[test]
-fn a_reader_that_does_not_read_holds_the_guest_back_and_loses_nothing() {
+#[rstest]
+#[case::with_event_index(Harness::new)]
+#[case::without_event_index(Harness::without_event_index)]
+fn a_reader_that_does_not_read_holds_the_guest_back_and_loses_nothing(
+    #[case] harness: fn(Console) -> Harness<Console>,
+) {
     let (mut reader, writer) = pipe();
-    let mut harness = Harness::new(Console::new(Some(shared(&writer)), None));
+    let mut harness = harness(Console::new(Some(shared(&writer)), None));
     let data = pattern(600_000);
     let buffer = harness.readable(&data);
     let head = harness.submit(1, &[buffer]);
@@ -113,10 +118,14 @@ fn a_reader_that_went_away_does_not_stop_the_guest() {
     harness.settle();
 }
 
-#[test]
-fn what_is_typed_reaches_the_guest_in_order_and_waits_for_its_buffers() {
+#[rstest]
+#[case::with_event_index(Harness::new)]
+#[case::without_event_index(Harness::without_event_index)]
+fn what_is_typed_reaches_the_guest_in_order_and_waits_for_its_buffers(
+    #[case] harness: fn(Console) -> Harness<Console>,
+) {
     let (reader, mut writer) = pipe();
-    let mut harness = Harness::new(Console::new(None, Some(reader.into())));
+    let mut harness = harness(Console::new(None, Some(reader.into())));
     writer.write_all(b"typed before there is a buffer").unwrap();
     harness.settle();
     let first = harness.writable(5);

@@ -20,6 +20,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
@@ -125,9 +126,12 @@ impl<D: VirtioDevice> Harness<D> {
         harness
     }
 
-    /// Leaves `features` out of those that the driver accepts. Before [`Self::activate`].
-    pub fn refuse_features(&mut self, features: u64) {
-        self.features &= !features;
+    /// A device at work whose driver does not know `RING_EVENT_IDX`.
+    pub fn without_event_index(device: D) -> Self {
+        let mut harness = Self::idle(device);
+        harness.features &= !(1 << VIRTIO_RING_F_EVENT_IDX);
+        harness.activate().expect("activation");
+        harness
     }
 
     /// Sets `DRIVER_OK`.
@@ -210,8 +214,12 @@ impl<D: VirtioDevice> Harness<D> {
     /// Makes a chain of `segments` available in queue `queue` and rings its doorbell if the device asked for that.
     /// Returns the chain's head.
     pub fn submit(&mut self, queue: u16, segments: &[Segment]) -> u16 {
-        let head = self.rings[usize::from(queue)].add(segments);
-        self.kick(queue);
+        let event_index = self.features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let ring = &mut self.rings[usize::from(queue)];
+        let head = ring.add(segments);
+        if ring.wants_doorbell(event_index) {
+            self.kick(queue);
+        }
         head
     }
 

@@ -78,6 +78,8 @@ pub struct DriverRing {
     used: u64,
     next_available: u16,
     next_used: u16,
+    /// The available index when the doorbell was last considered.
+    announced: u16,
     /// Descriptors that are in no chain.
     free: Vec<u16>,
     /// The chain of each head that the device has.
@@ -99,6 +101,7 @@ impl DriverRing {
             used,
             next_available: 0,
             next_used: 0,
+            announced: 0,
             free: Vec::new(),
             chains: Vec::new(),
         };
@@ -115,7 +118,7 @@ impl DriverRing {
     pub(super) fn reset(&mut self) {
         let length = usize::try_from(self.end() - self.descriptors).expect("a ring's length");
         self.memory.write_slice(&vec![0; length], GuestAddress(self.descriptors)).expect("a ring in guest memory");
-        (self.next_available, self.next_used) = (0, 0);
+        (self.next_available, self.next_used, self.announced) = (0, 0, 0);
         self.free = (0..self.size).rev().collect();
         self.chains = vec![Vec::new(); usize::from(self.size)];
     }
@@ -216,6 +219,18 @@ impl DriverRing {
     /// Asks for an interrupt only once the device's used index passes `index` (with `RING_EVENT_IDX`).
     pub fn set_used_event(&self, index: u16) {
         self.store(self.available + 4 + 2 * u64::from(self.size), index);
+    }
+
+    /// Whether the device asked for the doorbell for what was made available since the last call (virtio 1.2, §2.7.7.1
+    /// without `RING_EVENT_IDX` and §2.7.10 with it).
+    pub(super) fn wants_doorbell(&mut self, event_index: bool) -> bool {
+        let (before, now) = (std::mem::replace(&mut self.announced, self.next_available), self.next_available);
+        if !event_index {
+            // VIRTQ_USED_F_NO_NOTIFY
+            return self.load(self.used) & 1 == 0;
+        }
+        let event = self.load(self.used + 4 + 8 * u64::from(self.size));
+        now.wrapping_sub(event).wrapping_sub(1) < now.wrapping_sub(before)
     }
 
     /// The used index as the device wrote it.

@@ -56,9 +56,13 @@ struct Guest {
 impl Guest {
     /// A guest that posted `buffers` receive buffers of a page each.
     fn new(buffers: usize) -> Self {
+        Self::with_harness(buffers, Harness::new)
+    }
+
+    fn with_harness(buffers: usize, harness: fn(Vsock) -> Harness<Vsock>) -> Self {
         let directory = tempfile::tempdir().unwrap();
         let device = Vsock::new(CID, &directory.path().join("vsock")).unwrap();
-        let mut harness = Harness::new(device);
+        let mut harness = harness(device);
         let send_space = harness.allocate(SEND_SPACE);
         let mut guest = Self {
             harness,

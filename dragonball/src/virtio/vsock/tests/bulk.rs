@@ -2,6 +2,8 @@
 
 use std::sync::LazyLock;
 
+use rstest::rstest;
+
 use super::*;
 
 const AMOUNT: usize = 64 << 20;
@@ -37,9 +39,11 @@ impl Account {
     }
 }
 
-#[test]
-fn what_the_guest_sends_arrives_whole_with_a_slow_reader() {
-    let mut guest = Guest::new(8);
+#[rstest]
+#[case::with_event_index(Harness::new)]
+#[case::without_event_index(Harness::without_event_index)]
+fn what_the_guest_sends_arrives_whole_with_a_slow_reader(#[case] harness: fn(Vsock) -> Harness<Vsock>) {
+    let mut guest = Guest::with_harness(8, harness);
     let listener = guest.listen(PORTS.host);
     guest.send(PORTS, Operation::Request);
     let mut account = Account::default();
@@ -76,9 +80,11 @@ fn what_the_guest_sends_arrives_whole_with_a_slow_reader() {
     assert_eq!(sent, AMOUNT);
 }
 
-#[test]
-fn what_the_host_sends_arrives_whole_with_a_slow_reader() {
-    let mut guest = Guest::new(3);
+#[rstest]
+#[case::with_event_index(Harness::new)]
+#[case::without_event_index(Harness::without_event_index)]
+fn what_the_host_sends_arrives_whole_with_a_slow_reader(#[case] harness: fn(Vsock) -> Harness<Vsock>) {
+    let mut guest = Guest::with_harness(3, harness);
     guest.buffer_size = 100_000;
     let listener = guest.listen(PORTS.host);
     let mut stream = guest.dial(&listener, PORTS);
