@@ -251,7 +251,8 @@ impl Guest {
         }
         let ended = container.init.wait();
         if container.init.phase() == Phase::Created {
-            container.init.signal(libc::SIGKILL)?;
+            // One that has ended by itself meanwhile needs no signal.
+            let _ = container.init.signal(libc::SIGKILL);
         }
         let exit = ended.await.ok_or(Error::ProcessFinished)?;
         let failures = self.dismantle(container).await;

@@ -19,9 +19,10 @@ pub const DEVICES_MAX: usize = 31;
 /// A virtual machine to be started.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct MachineConfig {
-    /// An uncompressed `vmlinux` with a PVH entry point, or a `bzImage`.
+    /// An uncompressed `vmlinux` with a PVH entry point, or a `bzImage`. Its pages are mapped, not copied: replace the
+    /// file by renaming another one over it, never by writing into it, while machines run.
     pub kernel: PathBuf,
-    /// An initial RAM disk.
+    /// An initial RAM disk; mapped as the kernel is.
     pub initrd: Option<PathBuf>,
     /// Appended to the machine's own kernel command line.
     pub cmdline: String,
@@ -211,8 +212,9 @@ impl MachineConfig {
     /// # Errors
     /// The first thing that is wrong, with its limit and the remedy.
     pub fn validate(&self) -> Result<(), ConfigError> {
-        self.validate_memory(&host::Limits::of_this_host())?;
-        self.validate_vcpus(host::Limits::of_this_host().vcpus)?;
+        let limits = host::Limits::of_this_host();
+        self.validate_memory(&limits)?;
+        self.validate_vcpus(limits.vcpus)?;
         self.validate_cmdline()?;
         self.validate_devices()?;
         self.validate_files()
@@ -296,11 +298,13 @@ impl MachineConfig {
         Ok(())
     }
 
-    /// How many PCI devices the machine has beside its host bridge.
-    fn device_count(&self) -> usize {
+    /// How many PCI devices the machine has. An entropy device comes with the others; a machine without any has no PCI
+    /// bus either, whose probing would take the guest longer than all the rest of the machine.
+    pub(crate) fn device_count(&self) -> usize {
         let console = usize::from(self.console != ConsoleOutput::None);
-        let entropy = 1;
-        self.pmem.len() + self.disks.len() + self.fs.len() + usize::from(self.vsock.is_some()) + console + entropy
+        let asked_for =
+            self.pmem.len() + self.disks.len() + self.fs.len() + usize::from(self.vsock.is_some()) + console;
+        if asked_for > 0 { asked_for + 1 } else { 0 }
     }
 }
 
@@ -321,4 +325,131 @@ fn require_file(role: &'static str, path: &Path) -> Result<(), ConfigError> {
         return Err(ConfigError::Empty { role, path: path.to_path_buf() });
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A configuration that passes, its kernel in the directory.
+    fn good(directory: &tempfile::TempDir) -> MachineConfig {
+        let kernel = directory.path().join("vmlinux");
+        std::fs::write(&kernel, b"kernel").unwrap();
+        MachineConfig::new(kernel)
+    }
+
+    /// What is wrong with a good configuration after `change`.
+    fn refusal(change: impl FnOnce(&mut MachineConfig, &Path)) -> String {
+        let directory = tempfile::tempdir().unwrap();
+        let mut config = good(&directory);
+        assert!(config.validate().is_ok());
+        change(&mut config, directory.path());
+        config.validate().unwrap_err().to_string()
+    }
+
+    #[test]
+    fn memory_that_no_machine_can_have_is_refused_with_the_range() {
+        for memory in [0, MEMORY_MIN - MEMORY_GRANULE, 100 << 40, u64::MAX] {
+            let text = refusal(|config, _| config.memory = memory);
+            assert!(text.contains("out of range: give 33554432 to"), "{memory}: {text}");
+        }
+        let text = refusal(|config, _| config.memory = (128 << 20) + 1);
+        assert!(text.contains("round it up to 136314880"), "{text}");
+    }
+
+    #[test]
+    fn a_processor_that_addresses_less_than_the_host_has_sets_the_limit() {
+        let limits = host::Limits { memory: 1 << 40, address_bits: 39, vcpus: 8 };
+        assert_eq!(limits.guest_memory(), (1 << 38, "half of what the processor can address"));
+        let limits = host::Limits { memory: (1 << 33) + 4096, address_bits: 46, vcpus: 8 };
+        assert_eq!(limits.guest_memory(), (1 << 33, "the RAM of this host"));
+    }
+
+    #[test]
+    fn vcpus_are_at_least_one_and_at_most_what_the_host_gives() {
+        assert!(refusal(|config, _| config.vcpus = 0).contains("give 1 to"));
+        assert!(refusal(|config, _| config.vcpus = 255).contains("give 1 to"));
+        let config = MachineConfig { vcpus: 5, ..MachineConfig::new("vmlinux") };
+        assert!(config.validate_vcpus(4).unwrap_err().to_string().contains("give 1 to 4"));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_used_is_named_with_its_role() {
+        let missing = |directory: &Path| directory.join("missing");
+        let cases: [(&str, String); 6] = [
+            ("kernel", refusal(|config, dir| config.kernel = missing(dir))),
+            ("kernel", refusal(|config, dir| config.kernel = dir.to_path_buf())),
+            ("initrd", refusal(|config, dir| config.initrd = Some(missing(dir)))),
+            (
+                "persistent memory image",
+                refusal(|config, dir| {
+                    config.pmem.push(PmemConfig { path: missing(dir), read_only: true });
+                }),
+            ),
+            ("disk", refusal(|config, dir| config.disks.push(DiskConfig { path: missing(dir), read_only: true }))),
+            (
+                "shared directory",
+                refusal(|config, dir| {
+                    config.fs.push(FsConfig { tag: "work".to_owned(), directory: missing(dir) });
+                }),
+            ),
+        ];
+        for (role, text) in cases {
+            assert!(text.starts_with(&format!("The {role} /")) && text.contains("check that it exists"), "{text}");
+        }
+        let empty = refusal(|config, dir| {
+            config.kernel = dir.join("empty");
+            std::fs::write(&config.kernel, b"").unwrap();
+        });
+        assert!(empty.contains("is empty"), "{empty}");
+    }
+
+    #[test]
+    fn a_command_line_that_the_guest_cannot_take_is_refused() {
+        assert!(refusal(|config, _| config.cmdline = "x".repeat(CMDLINE_MAX)).contains("at most 2048: shorten it"));
+        for text in ["one\ntwo", "zero\0", "\u{e9}"] {
+            assert!(refusal(|config, _| config.cmdline = text.to_owned()).contains("printable ASCII"), "{text:?}");
+        }
+    }
+
+    #[test]
+    fn tags_are_short_and_different() {
+        let tags = |tags: &[&str]| {
+            refusal(|config, dir| {
+                let fs = |tag: &&str| FsConfig { tag: (*tag).to_owned(), directory: dir.to_path_buf() };
+                config.fs = tags.iter().map(fs).collect();
+            })
+        };
+        for bad in [&[""][..], &["a", "b", "a"], &["0123456789012345678901234567890123456"]] {
+            assert!(tags(bad).contains("its own tag of 1 to 36 bytes"), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn a_socket_device_needs_a_free_context_id_and_a_short_path() {
+        let vsock =
+            |guest_cid, socket: PathBuf| refusal(|config, _| config.vsock = Some(VsockConfig { guest_cid, socket }));
+        for reserved in [0, 1, 2, u32::MAX] {
+            assert!(vsock(reserved, "/run/s".into()).contains("is reserved"), "{reserved}");
+        }
+        assert!(vsock(3, format!("/{}", "s".repeat(SOCKET_PATH_MAX)).into()).contains("too long"));
+    }
+
+    #[test]
+    fn a_machine_with_more_devices_than_slots_is_refused() {
+        let text = refusal(|config, dir| {
+            let path = dir.join("vmlinux");
+            config.disks = vec![DiskConfig { path, read_only: true }; DEVICES_MAX];
+        });
+        assert!(text.contains("32 devices were asked for, the machine has room for 31"), "{text}");
+    }
+
+    #[test]
+    fn only_one_console_gets_standard_input() {
+        let text = refusal(|config, _| {
+            config.console = ConsoleOutput::Stdio;
+            config.debug_uart = ConsoleOutput::Stdio;
+        });
+        assert!(text.contains("send one of them to a file"), "{text}");
+    }
 }

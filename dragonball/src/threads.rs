@@ -22,6 +22,21 @@ pub(crate) fn spawn<T: Send + 'static>(
     thread
 }
 
+/// How many descriptors a machine with many devices uses, and the power of two that the kernel rounds it to.
+const DESCRIPTORS: libc::c_int = 256;
+
+/// Grows this process's table of file descriptors while it has few threads: growing it later, under running vCPUs, waits
+/// for an RCU grace period each time.
+pub(crate) fn reserve_descriptors() {
+    // SAFETY: duplicates standard input to the first free number from there on, and closes what that gave.
+    unsafe {
+        let descriptor = libc::fcntl(libc::STDIN_FILENO, libc::F_DUPFD_CLOEXEC, DESCRIPTORS - 1);
+        if descriptor >= 0 {
+            libc::close(descriptor);
+        }
+    }
+}
+
 /// Blocks every signal but the kick signal and those of faults, and gives the mask from before.
 fn block_signals() -> io::Result<libc::sigset_t> {
     // SAFETY: a signal set of zeroes is valid; the calls only touch the two sets.

@@ -108,6 +108,17 @@ fn the_entropy_device_is_in_slot_1() {
 }
 
 #[test]
+fn a_machine_without_devices_has_an_empty_bus() {
+    if !kvm() {
+        return;
+    }
+    let directory = tempfile::tempdir().unwrap();
+    let mut config = machine(&directory, &Code::new().load(0xe800_8000).print_eax().power_off());
+    config.console = dragonball::ConsoleOutput::None;
+    assert_eq!(run_machine(&directory, config).words(), [0xffff_ffff]);
+}
+
+#[test]
 fn a_read_only_image_is_seen_above_ram_and_does_not_change() {
     if !kvm() {
         return;
@@ -115,10 +126,10 @@ fn a_read_only_image_is_seen_above_ram_and_does_not_change() {
     let directory = tempfile::tempdir().unwrap();
     let image = directory.path().join("image");
     std::fs::write(&image, b"image content").unwrap();
-    // Device configuration of the pmem device in slot 1: memory decoding on, then start and size.
-    let code = Code::new().store_word(0xe800_8004, 2);
+    // Device configuration of the pmem device in slot 2: memory decoding on, then start and size.
+    let code = Code::new().store_word(0xe801_0004, 2);
     let code =
-        [0xc010_0200, 0xc010_0204, 0xc010_0208].iter().fold(code, |code, address| code.load(*address).print_eax());
+        [0xc010_4200, 0xc010_4204, 0xc010_4208].iter().fold(code, |code, address| code.load(*address).print_eax());
     let mut config = machine(&directory, &code.power_off());
     config.pmem.push(dragonball::PmemConfig { path: image.clone(), read_only: true });
     let outcome = run_machine(&directory, config);
@@ -126,7 +137,7 @@ fn a_read_only_image_is_seen_above_ram_and_does_not_change() {
     assert_eq!(std::fs::read(image).unwrap(), b"image content");
 }
 
-/// Slot 1 holds the entropy device when nothing else is asked for.
+/// The entropy device is in slot 1.
 const CONFIG: u32 = 0xe800_8000;
 const REGION: u32 = 0xc010_0000;
 const TABLE: u32 = REGION + 0x2000;

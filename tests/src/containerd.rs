@@ -144,7 +144,7 @@ fn configuration(directory: &Path) -> String {
     // Version 2 is read by 1.x and 2.x alike.
     format!(
         "version = 2\nroot = {root}\nstate = {state}\ntemp = {temp}\ndisabled_plugins = {without}\n\
-         [grpc]\naddress = {address}\n[debug]\nlevel = \"debug\"\n[metrics]\naddress = \"\"\n"
+         [grpc]\naddress = {address}\n[debug]\nlevel = \"info\"\n[metrics]\naddress = \"\"\n"
     )
 }
 

@@ -17,6 +17,8 @@ pub struct Case {
     pub name: &'static str,
     /// Which runtimes it is about.
     pub about: About,
+    /// Whether it needs the image with real services, which takes long to unpack.
+    pub services: bool,
     /// Shows that it holds.
     pub run: fn(&Context) -> Result<()>,
 }
@@ -34,13 +36,19 @@ impl Case {
     /// A case about every runtime.
     #[must_use]
     pub const fn any(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
-        Self { name, about: About::Any, run }
+        Self { name, about: About::Any, services: false, run }
+    }
+
+    /// The same case, with the image of real services.
+    #[must_use]
+    pub const fn with_services(self) -> Self {
+        Self { services: true, ..self }
     }
 
     /// A case about this stack alone.
     #[must_use]
     pub const fn kata(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
-        Self { name, about: About::Kata, run }
+        Self { name, about: About::Kata, services: false, run }
     }
 }
 

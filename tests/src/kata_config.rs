@@ -20,11 +20,12 @@ pub struct KataConfig {
 impl KataConfig {
     /// The file at `path`; the runtime must look there before it looks at [`DEFAULT`].
     ///
-    /// `dist` is the directory that holds the installation instead of `/`.
+    /// `dist` is the directory that holds the installation instead of `/`; the agent's deadlines are multiplied by
+    /// `slowness`.
     ///
     /// # Errors
     /// When the installation's own file is missing or is no TOML.
-    pub fn at(path: &Path, dist: Option<&Path>) -> Result<Self> {
+    pub fn at(path: &Path, dist: Option<&Path>, slowness: u32) -> Result<Self> {
         let installed = match dist {
             Some(dist) => dist.join(DEFAULT.trim_start_matches('/')),
             None => PathBuf::from(DEFAULT),
@@ -34,7 +35,11 @@ impl KataConfig {
             Some(dist) => relocate(&text, dist)?,
             None => text,
         };
-        Ok(Self { path: path.to_owned(), base })
+        let timeout = |limit: u32, most: u32| limit.saturating_mul(slowness).min(most).to_string();
+        let (answer, create) = (timeout(30_000, 600_000), timeout(60, 3600));
+        let deadlines =
+            [("agent.kata.reconnect_timeout_ms", answer.as_str()), ("agent.kata.create_container_timeout", &create)];
+        Ok(Self { path: path.to_owned(), base: change(&base, &deadlines)? })
     }
 
     /// Writes the unchanged configuration.

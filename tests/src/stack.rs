@@ -54,7 +54,7 @@ impl Stack {
             Some(_) => work.join("configuration.toml"),
             None => PathBuf::from(OVERRIDE),
         };
-        let config = KataConfig::at(&path, options.dist.as_deref())?;
+        let config = KataConfig::at(&path, options.dist.as_deref(), options.slowness)?;
         let own = match &options.containerd {
             Some(program) => Some(start(program, &config, options, work)?),
             None => None,

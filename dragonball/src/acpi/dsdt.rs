@@ -21,8 +21,10 @@ pub(super) fn build(hardware: &Hardware) -> Vec<u8> {
     let mut dsdt = Sdt::new(*b"DSDT", HEADER_SIZE, REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     let mut aml = Body(Vec::new());
     power_off(&mut aml);
-    host_bridge(&mut aml, hardware.pci_64);
-    motherboard_resources(&mut aml);
+    if let Some(pci) = hardware.pci {
+        host_bridge(&mut aml, pci.window_64);
+        motherboard_resources(&mut aml);
+    }
     panic_device(&mut aml);
     if hardware.uart {
         uart(&mut aml);

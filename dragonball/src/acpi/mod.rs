@@ -31,10 +31,17 @@ pub(crate) const RSDP: u64 = ACPI;
 pub(crate) struct Hardware {
     /// How many vCPUs; their APIC ids count from 0.
     pub(crate) vcpus: u8,
-    /// The 64-bit PCI window.
-    pub(crate) pci_64: Option<Range>,
+    /// The PCI bus, if there is one.
+    pub(crate) pci: Option<Pci>,
     /// Whether there is a debug UART.
     pub(crate) uart: bool,
+}
+
+/// The PCI bus.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pci {
+    /// Its 64-bit window, where the address space has room for one.
+    pub(crate) window_64: Option<Range>,
 }
 
 /// Writes all tables into guest memory.
@@ -55,10 +62,11 @@ fn build(hardware: &Hardware) -> Vec<u8> {
     let dsdt = image.add(&dsdt::build(hardware));
     let fadt = image.add(&bytes_of(&fadt(dsdt)));
     let madt = image.add(&bytes_of(&madt(hardware.vcpus)));
-    let mcfg = image.add(&bytes_of(&mcfg()));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    for table in [fadt, madt, mcfg] {
-        xsdt.add_entry(table);
+    xsdt.add_entry(fadt);
+    xsdt.add_entry(madt);
+    if hardware.pci.is_some() {
+        xsdt.add_entry(image.add(&bytes_of(&mcfg())));
     }
     let xsdt = image.add(&bytes_of(&xsdt));
     image.bytes[..Rsdp::len()].copy_from_slice(&bytes_of(&Rsdp::new(OEM_ID, xsdt)));

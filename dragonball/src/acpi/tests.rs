@@ -6,8 +6,10 @@ use proptest::prelude::*;
 
 use super::*;
 
+const WINDOW: Range = Range { start: 64 << 30, length: 1 << 40 };
+
 fn hardware() -> Hardware {
-    Hardware { vcpus: 4, pci_64: Some(Range { start: 64 << 30, length: 1 << 40 }), uart: true }
+    Hardware { vcpus: 4, pci: Some(Pci { window_64: Some(WINDOW) }), uart: true }
 }
 
 fn u64_at(bytes: &[u8], offset: usize) -> u64 {
@@ -49,11 +51,19 @@ fn the_root_pointer_leads_to_every_table() {
     assert_eq!(names, ["APIC", "DSDT", "FACP", "MCFG", "XSDT"]);
 }
 
+#[test]
+fn without_pci_no_table_speaks_of_it() {
+    let image = build(&Hardware { pci: None, ..hardware() });
+    assert!(tables(&image).iter().all(|table| table[..4] != *b"MCFG"));
+    let bridge = [0x0c, 0x41, 0xd0, 0x0a, 0x08];
+    assert!(!image.windows(bridge.len()).any(|bytes| bytes == bridge), "no PNP0A08");
+}
+
 proptest! {
     #[test]
-    fn checksums_hold_and_tables_fit_whatever_the_hardware(vcpus in 1_u8..=254, uart: bool, window: bool) {
-        let pci_64 = window.then_some(Range { start: 64 << 30, length: 1 << 40 });
-        let image = build(&Hardware { vcpus, pci_64, uart });
+    fn checksums_hold_and_tables_fit_whatever_the_hardware(vcpus in 1_u8..=254, uart: bool, pci: bool, window: bool) {
+        let pci = pci.then(|| Pci { window_64: window.then_some(WINDOW) });
+        let image = build(&Hardware { vcpus, pci, uart });
         prop_assert!(image.len() as u64 <= ACPI_SIZE);
         prop_assert_eq!(sum(&image[..20]), 0);
         prop_assert_eq!(sum(&image[..Rsdp::len()]), 0);

@@ -16,6 +16,9 @@ const BASE: &str = "panic=-1 nomodule random.trust_cpu=on cryptomgr.notests tsc=
 /// The whole command line of the machine.
 pub(crate) fn of(config: &MachineConfig) -> String {
     let mut words = vec![BASE];
+    if config.device_count() == 0 {
+        words.push("pci=off");
+    }
     words.extend(console_words(config));
     if !config.cmdline.trim().is_empty() {
         words.push(config.cmdline.trim());
@@ -30,5 +33,33 @@ fn console_words(config: &MachineConfig) -> &'static [&'static str] {
         (ConsoleOutput::None, _) => &["quiet", "8250.nr_uarts=0", "console=hvc0"],
         (_, ConsoleOutput::None) => &["8250.nr_uarts=1", "console=ttyS0"],
         _ => &["8250.nr_uarts=1", "console=ttyS0", "console=hvc0"],
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_machine_gets_the_consoles_that_it_has() {
+        let file = || ConsoleOutput::File("log".into());
+        let none = || ConsoleOutput::None;
+        let cases = [
+            (none(), none(), &["quiet", "pci=off"][..], &["console="][..]),
+            (file(), none(), &["console=hvc0", "quiet"], &["ttyS0", "pci=off"]),
+            (none(), file(), &["console=ttyS0", "8250.nr_uarts=1"], &["hvc0", "quiet"]),
+            (file(), file(), &["console=ttyS0 console=hvc0"], &["quiet"]),
+        ];
+        for (console, debug_uart, present, absent) in cases {
+            let text = of(&MachineConfig { console, debug_uart, ..MachineConfig::new("vmlinux") });
+            assert!(present.iter().all(|word| text.contains(word)), "{text}");
+            assert!(!absent.iter().any(|word| text.contains(word)), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_users_words_come_last() {
+        let text = of(&MachineConfig { cmdline: " init=/sbin/x panic=5 ".to_owned(), ..MachineConfig::new("vmlinux") });
+        assert!(text.ends_with(" init=/sbin/x panic=5"), "{text}");
     }
 }

@@ -32,6 +32,7 @@ fn host_refused(action: &'static str) -> impl FnOnce(io::Error) -> StartError {
 
 /// Builds the machine of a valid configuration and lets it run.
 pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, StartError> {
+    threads::reserve_descriptors();
     let kvm = kvm::open()?;
     let vm = kvm::create_vm(&kvm)?;
     shared.stamp("vm created");
@@ -53,7 +54,8 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
         workers: Vec::new(),
     };
     devices.add_all(config, &shared)?;
-    let tables = acpi::Hardware { vcpus: config.vcpus, pci_64: devices.high.pci_window(), uart: uart.is_some() };
+    let pci = (!devices.workers.is_empty()).then(|| acpi::Pci { window_64: devices.high.pci_window() });
+    let tables = acpi::Hardware { vcpus: config.vcpus, pci, uart: uart.is_some() };
     acpi::write(&ram, &tables).map_err(host_refused("write the ACPI tables"))?;
     shared.stamp("devices made");
 

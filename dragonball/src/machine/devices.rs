@@ -42,6 +42,10 @@ fn refused<E: Into<Box<dyn std::error::Error + Send + Sync>>>(device: &str) -> i
 impl Devices {
     /// Makes every device of `config`, in the order in which the guest shall find them.
     pub(super) fn add_all(&mut self, config: &MachineConfig, shared: &Shared) -> Result<(), StartError> {
+        if config.device_count() == 0 {
+            return Ok(());
+        }
+        self.add("rng", Box::new(Rng::new()))?;
         for pmem in &config.pmem {
             self.add_pmem(pmem)?;
         }
@@ -61,7 +65,7 @@ impl Devices {
             shared.add_console(console.tail());
             self.add("console", Box::new(console))?;
         }
-        self.add("rng", Box::new(Rng::new()))
+        Ok(())
     }
 
     /// Gives a device its transport and its slot.

@@ -84,6 +84,9 @@ fn run_until_end(fd: &mut VcpuFd, context: &Context) -> Option<ExitReason> {
                 }
             }
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) if error.errno() == libc::EFAULT => {
+                return Some(failed(fd, "guest memory is gone: was the kernel, initrd or an image truncated?"));
+            }
             Err(error) => return Some(failed(fd, &format!("KVM_RUN: {}", io::Error::from(error)))),
         }
         if let Some(reason) = internal_error(fd) {

@@ -142,13 +142,15 @@ pub(crate) fn kvm() -> bool {
     present
 }
 
-/// A machine of 32 MiB that will run `code`, its UART into a file of `directory`.
+/// A machine of 32 MiB that will run `code`, its UART into a file of `directory`. Slot 1 holds the entropy device, slot 2
+/// the console.
 pub(crate) fn machine(directory: &TempDir, code: &Code) -> MachineConfig {
     let path = directory.path().join("kernel");
     std::fs::File::create(&path).unwrap().write_all(&kernel(&code.0)).unwrap();
     MachineConfig {
         memory: 32 << 20,
         debug_uart: ConsoleOutput::File(directory.path().join("output")),
+        console: ConsoleOutput::File(directory.path().join("console")),
         ..MachineConfig::new(path)
     }
 }

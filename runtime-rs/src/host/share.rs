@@ -123,3 +123,74 @@ fn bind_of(source: &Path, recursive: bool) -> Mount {
         ..Mount::default()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A sandbox's paths in a directory of its own, with its shared directory; nothing without the right to mount.
+    fn sandbox() -> Option<(tempfile::TempDir, Paths, Journal)> {
+        if !nix::unistd::geteuid().is_root() {
+            eprintln!("SKIPPED: this test needs the right to mount");
+            return None;
+        }
+        let root = tempfile::tempdir().unwrap();
+        let paths = Paths::new(root.path(), "ns", "id").unwrap();
+        std::fs::create_dir_all(&paths.state).unwrap();
+        let journal = Journal::create(&paths.journal()).unwrap();
+        prepare(&paths, &journal).unwrap();
+        Some((root, paths, journal))
+    }
+
+    fn mounts_below(path: &Path) -> usize {
+        let text = std::fs::read_to_string("/proc/self/mounts").unwrap();
+        text.lines().filter(|line| line.contains(&path.display().to_string())).count()
+    }
+
+    #[test]
+    fn what_is_mounted_appears_in_the_view_that_the_guest_cannot_change() {
+        let Some((root, paths, journal)) = sandbox() else { return };
+        let source = root.path().join("source");
+        std::fs::create_dir(&source).unwrap();
+        let mut share = Share::create(&paths, "c", &journal).unwrap();
+        share.rootfs(&[], &source).unwrap();
+        share.bind(0, Path::new("/etc/hostname"), false).unwrap();
+
+        let view = paths.shared().join("c");
+        std::fs::write(view.join("rootfs/file"), "written by the container").unwrap();
+        assert!(source.join("file").exists());
+        assert!(view.join("mounts/0").metadata().unwrap().is_file());
+        for forbidden in [paths.shared().join("x"), view.join("x")] {
+            let error = std::fs::create_dir(forbidden).unwrap_err();
+            assert_eq!(error.raw_os_error(), Some(libc::EROFS));
+        }
+        assert!(journal.undo_all(&share.effects).is_empty());
+        assert!(!view.exists());
+        assert!(journal.finish().is_empty());
+        assert_eq!(mounts_below(root.path()), 0);
+        assert_eq!(std::fs::read_dir(&paths.state).unwrap().count(), 0);
+    }
+
+    #[test]
+    fn unmounting_a_shared_copy_leaves_the_mounts_of_the_original() {
+        let Some((root, paths, journal)) = sandbox() else { return };
+        let source = root.path().join("source");
+        std::fs::create_dir(&source).unwrap();
+        let tmpfs = |on: &Path| mount(Some("t"), on, Some("tmpfs"), MsFlags::empty(), None::<&str>).unwrap();
+        tmpfs(&source);
+        mount(None::<&str>, &source, None::<&str>, MsFlags::MS_SHARED, None::<&str>).unwrap();
+        std::fs::create_dir(source.join("inner")).unwrap();
+        tmpfs(&source.join("inner"));
+        std::fs::write(source.join("inner/precious"), "x").unwrap();
+
+        let mut share = Share::create(&paths, "c", &journal).unwrap();
+        share.bind(0, &source, true).unwrap();
+        assert!(paths.shared().join("c/mounts/0/inner/precious").exists());
+        assert!(journal.finish().is_empty());
+        assert!(source.join("inner/precious").exists());
+        for path in [source.join("inner"), source] {
+            nix::mount::umount(&path).unwrap();
+        }
+        assert_eq!(mounts_below(root.path()), 0);
+    }
+}

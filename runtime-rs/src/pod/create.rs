@@ -84,7 +84,7 @@ async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<P
         let (guest, effects) = store(pod, request, spec).await?;
         return Ok(Some(Prepared { guest, effects, sandbox }));
     }
-    let hostname = spec.hostname().to_owned();
+    let hostname = hostname(&spec);
     let named = containers::config_path(request.options.as_ref())?;
     let config = found(pod, spec.cgroups_path().to_owned(), named).await?;
     if let Role::Sandbox(_) = role {
@@ -99,6 +99,14 @@ async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<P
         }
         (Err(error), _) => Err(error),
     }
+}
+
+/// The name that the specification gives; without one, a container of another runtime would see the host's.
+fn hostname(spec: &Spec) -> String {
+    if !spec.hostname().is_empty() {
+        return spec.hostname().to_owned();
+    }
+    nix::unistd::gethostname().ok().and_then(|name| name.into_string().ok()).unwrap_or_default()
 }
 
 /// What a sandbox needs on the host before its machine starts.

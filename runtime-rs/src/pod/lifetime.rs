@@ -38,6 +38,7 @@ const FLUSH_DEADLINE: Duration = Duration::from_secs(2);
 ///
 /// [`PodError`]; nothing is left then.
 pub fn run(args: Args, root: &Path, launcher: Arc<dyn Launcher>) -> Result<(), PodError> {
+    tame_allocator();
     let mut channel = detach()?;
     let foundation = match Foundation::lay(&args, root) {
         Ok(foundation) => foundation,
@@ -51,6 +52,12 @@ pub fn run(args: Args, root: &Path, launcher: Arc<dyn Launcher>) -> Result<(), P
     let timeline = begin_timeline(&args.id);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().max_blocking_threads(2).build()?;
     runtime.block_on(live(args, foundation, launcher, timeline, channel))
+}
+
+/// One arena: the threads of a pod are idle, and each arena would keep pages of its own.
+fn tame_allocator() {
+    // SAFETY: only this thread runs, and the call changes nothing but a parameter of the allocator.
+    unsafe { libc::mallopt(libc::M_ARENA_MAX, 1) };
 }
 
 /// Leaves containerd's session and directory, and takes the channel from standard input.
@@ -176,7 +183,6 @@ async fn wind_up(pod: &Arc<Pod>) {
     pod.events.flush(FLUSH_DEADLINE).await;
     let undone = Arc::clone(pod);
     let undo = move || {
-        store_timeline(&undone);
         if let Some(cgroup) = undone.facts().cgroup.take()
             && let Err(error) = cgroup.leave()
         {
@@ -196,8 +202,17 @@ async fn wind_up(pod: &Arc<Pod>) {
 }
 
 /// Writes the timeline where the configuration wants it.
-fn store_timeline(pod: &Pod) {
+///
+/// Before `Shutdown` is answered: containerd then runs `delete`, which ends this process wherever it is.
+pub(crate) async fn store_timeline(pod: &Arc<Pod>) {
     let Some(directory) = pod.facts().timeline_dir.clone() else { return };
+    let pod = Arc::clone(pod);
+    if let Err(error) = blocking::run("timeline", move || write_timeline(&pod, &directory)).await {
+        tracing::warn!(error = %chain(&error), "the timeline was not written");
+    }
+}
+
+fn write_timeline(pod: &Pod, directory: &Path) {
     let mut timeline = pod.timeline().clone();
     if let Some(at) = pod.first_byte.get() {
         timeline.stamp_at("first output", Lane::Host, at);
@@ -205,7 +220,7 @@ fn store_timeline(pod: &Pod) {
     timeline.sort();
     let path = directory.join(format!("{}.json", pod.id));
     let stored = timeline.to_json().map_err(std::io::Error::other).and_then(|text| {
-        std::fs::create_dir_all(&directory)?;
+        std::fs::create_dir_all(directory)?;
         std::fs::write(&path, text)
     });
     if let Err(error) = stored {

@@ -19,7 +19,7 @@ use protocols::containerd::ttrpc;
 use ttrpc::Error as RpcError;
 use ttrpc::asynchronous::{Service, TtrpcContext};
 
-use super::{Pod, create, operations};
+use super::{Pod, create, lifetime, operations};
 use crate::error::Error;
 
 /// What the agent may take for anything that is neither `Create` nor `Wait`.
@@ -177,6 +177,7 @@ impl Task for TaskService {
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
         // Newer versions of containerd call this after every Delete, also while the pod's other containers run.
         if self.pod.containers.is_empty() {
+            lifetime::store_timeline(&self.pod).await;
             self.pod.end.notify_one();
         } else {
             tracing::debug!(id = request.id, "the sandbox stays for its other containers");

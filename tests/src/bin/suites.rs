@@ -53,6 +53,12 @@ struct Arguments {
 }
 
 impl Arguments {
+    /// Whether the case of this name will run.
+    fn selects(&self, name: &str) -> bool {
+        let wanted = |filter: &String| if self.exact { name == filter } else { name.contains(filter.as_str()) };
+        self.filter.as_ref().is_none_or(wanted) && !self.skip.iter().any(wanted)
+    }
+
     fn harness(&self) -> libtest_mimic::Arguments {
         libtest_mimic::Arguments {
             // Cases look at the whole machine: one at a time.
@@ -93,7 +99,7 @@ fn run(arguments: &Arguments, work: &Path) -> Result<ExitCode> {
     let namespace = format!("suites-{}", std::process::id());
     let stack = Stack::new(&arguments.stack, &arguments.runtime, &namespace, work)?;
     let context = context(arguments, work, stack)?;
-    prepare(&context)?;
+    prepare(&context, cases::all().iter().any(|case| case.services && arguments.selects(case.name)))?;
     let (scope, patience) = (context.scope.clone(), context.within(10));
     let namespaces = [context.stack.ctr.clone(), context.other_namespace()];
     let before = Snapshot::take(&scope)?;
@@ -123,12 +129,14 @@ fn context(arguments: &Arguments, work: &Path, stack: Stack) -> Result<Context> 
 }
 
 /// Imports the images and runs one container of each, so that what the first one makes for all is there.
-fn prepare(context: &Context) -> Result<()> {
+fn prepare(context: &Context, services: bool) -> Result<()> {
     let other = context.other_namespace();
-    context.ctr.import(&context.images.busybox)?;
-    context.ctr.import(&context.images.debian)?;
-    other.import(&context.images.busybox)?;
-    for (ctr, image) in [(&context.ctr, BUSYBOX), (&context.ctr, DEBIAN), (&other, BUSYBOX)] {
+    let mut wanted = vec![(&context.ctr, BUSYBOX, &context.images.busybox), (&other, BUSYBOX, &context.images.busybox)];
+    if services {
+        wanted.push((&context.ctr, DEBIAN, &context.images.debian));
+    }
+    for (ctr, image, archive) in wanted {
+        ctr.import(archive)?;
         let id = context.id("warm-up");
         let ran = ctr.with_runtime(RUNC).run(&[], image, &id, &["true"])?.expect_code(0);
         ran.with_context(|| format!("runc cannot run {image} on this machine"))?;

@@ -19,7 +19,7 @@ pub(super) const CASES: &[Case] = &[
     Case::any("tasks: a running task cannot be deleted without force", delete_running),
     Case::any("tasks: a container can be started again after its task was deleted", again),
     Case::kata("tasks: uname tells the guest's kernel and not the host's", own_kernel),
-    Case::any("tasks: redis serves from a detached container, redis-benchmark by exec", redis),
+    Case::any("tasks: redis serves from a detached container, redis-benchmark by exec", redis).with_services(),
 ];
 
 fn ls(context: &Context) -> Result<()> {
@@ -150,7 +150,8 @@ fn redis(context: &Context) -> Result<()> {
     let measured = container.exec("benchmark", &[], &["redis-benchmark", "-q", "-n", "1000", "-t", "set,get"], b"")?;
     let text = measured.expect_code(0)?.text();
     ensure!(text.contains("SET:") && text.contains("GET:") && text.contains("requests per second"), "{text:?}");
+    let attached = container.attach(b"")?;
     container.kill("SIGTERM")?;
-    ensure!(container.remove()? == 0, "redis did not end by itself");
-    Ok(())
+    attached.finish(context.ctr.deadline())?.expect_code(0).context("redis did not end by itself")?;
+    container.remove_container()
 }

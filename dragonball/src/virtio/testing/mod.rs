@@ -11,6 +11,7 @@
 mod events;
 pub mod pci;
 mod ring;
+pub mod scenes;
 pub mod script;
 
 use std::os::fd::AsRawFd;
