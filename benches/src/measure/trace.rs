@@ -45,6 +45,8 @@ impl Instance {
         fs::create_dir(&path).with_context(|| format!("Cannot create {}", path.display()))?;
         let instance = Self { path };
         instance.set("trace_clock", "mono")?;
+        // A reader wakes at the first event, not when half of the buffer is full.
+        instance.set("buffer_percent", "0")?;
         instance.set(&format!("events/{event}/filter"), filter)?;
         instance.set(&format!("events/{event}/enable"), "1")?;
         Ok(instance)
