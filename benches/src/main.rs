@@ -59,7 +59,7 @@ struct Run {
 
 #[derive(Subcommand)]
 enum Action {
-    /// Compare guest kernels: cycles from the vCPU's creation to init in QEMU microvm, in virtual time
+    /// Compare guest kernels: from entry to init in QEMU microvm, in virtual time
     Kernels {
         /// vmlinux files; the first is what the others are compared with
         #[arg(required = true, num_args = 1..)]

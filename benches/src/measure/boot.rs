@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::{Context as _, Result};
 
-use super::trace::{Instance, mark, mark_filter, time};
+use super::trace::{Instance, await_init, moment_filter, time};
 use super::vmm::Vmm;
 use super::{Samples, push};
 
@@ -23,13 +23,13 @@ pub struct Contender<'a> {
 }
 
 /// Boots each contender once per round, one after the other: first a round that is thrown away (the page cache fills),
-/// then `rounds` that count. Samples `NAME` are milliseconds from exec to init, `NAME cycles` are the guest's own
-/// cycles from the creation of its vCPU to init.
+/// then `rounds` that count. Samples `NAME` are milliseconds from exec to init, `NAME kernel` those from the
+/// kernel's entry to init.
 ///
 /// # Errors
 /// When a guest does not reach its `/init`.
 pub fn measure(contenders: &[Contender<'_>], initrd: &Path, rounds: usize) -> Result<Samples> {
-    let marks = Instance::new("tatami-marks", "kvm/kvm_cpuid", &mark_filter())?;
+    let marks = Instance::new("tatami-marks", "kvm/kvm_cpuid", &moment_filter())?;
     let mut samples = Samples::new();
     for round in 0..=rounds {
         for contender in contenders {
@@ -38,13 +38,12 @@ pub fn measure(contenders: &[Contender<'_>], initrd: &Path, rounds: usize) -> Re
                 Instance::new("tatami-execs", "sched/sched_process_exec", &format!("filename == \"{program}\""))?;
             let mut pipe = marks.pipe()?;
             let guest = contender.vmm.start(contender.kernel, initrd)?;
-            let line = pipe.next(LIMIT).with_context(|| format!("{} failed", contender.name))?;
+            let (entry, init) = await_init(&mut pipe, LIMIT).with_context(|| format!("{} failed", contender.name))?;
             drop(guest);
-            let mark = mark(&line).with_context(|| format!("No mark of a guest: {line}"))?;
             let executed = execs.take()?.first().and_then(|line| time(line)).context("No exec was traced")?;
             if round > 0 {
-                push(&mut samples, &contender.name, (mark.at - executed) * 1e3);
-                push(&mut samples, &format!("{} cycles", contender.name), mark.guest_cycles as f64);
+                push(&mut samples, &contender.name, (init - executed) * 1e3);
+                push(&mut samples, &format!("{} kernel", contender.name), (init - entry) * 1e3);
             }
         }
     }

@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::smaps::usage;
-use super::trace::{Instance, mark, mark_filter};
+use super::trace::{Instance, Moment, moment, moment_filter};
 use super::vmm::{GUEST_MEMORY, Guest, Vmm};
 use super::{Samples, push};
 
@@ -55,12 +55,14 @@ pub fn measure(vmm: Vmm, kernel: &Path, initrd: &Path, rounds: usize) -> Result<
 }
 
 fn start(vmm: Vmm, kernel: &Path, initrd: &Path, count: usize) -> Result<Vec<Guest>> {
-    let marks = Instance::new("tatami-marks", "kvm/kvm_cpuid", &mark_filter())?;
+    let marks = Instance::new("tatami-marks", "kvm/kvm_cpuid", &moment_filter())?;
     let mut pipe = marks.pipe()?;
     let guests = (0..count).map(|_| vmm.start(kernel, initrd)).collect::<Result<Vec<_>>>()?;
-    for _ in 0..count {
-        let line = pipe.next(LIMIT)?;
-        mark(&line).with_context(|| format!("No mark of a guest: {line}"))?;
+    let mut ready = 0;
+    while ready < count {
+        if moment(&pipe.next(LIMIT)?) == Some(Moment::Init) {
+            ready += 1;
+        }
     }
     Ok(guests)
 }

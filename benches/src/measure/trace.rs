@@ -10,18 +10,21 @@ use anyhow::{Context as _, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use std::os::fd::AsFd as _;
 
-use crate::guest::{MARK_LEAF, STAMP_SHIFT};
+use crate::guest::MARK_LEAF;
 
 const TRACEFS: &str = "/sys/kernel/tracing";
 
-/// A mark that a guest made.
+/// What a guest's CPUID says.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Mark {
-    /// When the host saw it: seconds of the monotonic clock.
-    pub at: f64,
-    /// The guest's time stamp counter then, in cycles since its first vCPU was created.
-    pub guest_cycles: u64,
+pub enum Moment {
+    /// The kernel runs its first C code: its PVH entry asks for the hypervisor's name before anything else.
+    KernelEntry,
+    /// `/init` runs ([`crate::guest`]).
+    Init,
 }
+
+/// The first leaf with a hypervisor's name (Linux: `arch/x86/include/asm/cpuid.h`).
+const HYPERVISOR_LEAF: u32 = 0x4000_0000;
 
 /// A ring buffer of our own with one tracepoint in it.
 #[derive(Debug)]
@@ -42,6 +45,8 @@ impl Instance {
         fs::create_dir(&path).with_context(|| format!("Cannot create {}", path.display()))?;
         let instance = Self { path };
         instance.set("trace_clock", "mono")?;
+        // A reader wakes at the first event, not when half of the buffer is full.
+        instance.set("buffer_percent", "0")?;
         instance.set(&format!("events/{event}/filter"), filter)?;
         instance.set(&format!("events/{event}/enable"), "1")?;
         Ok(instance)
@@ -112,10 +117,27 @@ fn mount() -> Result<()> {
     if status.success() { Ok(()) } else { bail!("Cannot mount tracefs at {TRACEFS}; it needs root") }
 }
 
-/// The filter that lets only [`crate::guest`]'s marks through.
+/// The filter that lets only the moments through.
 #[must_use]
-pub fn mark_filter() -> String {
-    format!("function=={MARK_LEAF}")
+pub fn moment_filter() -> String {
+    format!("function=={MARK_LEAF} || function=={HYPERVISOR_LEAF}")
+}
+
+/// Reads events until a guest's `/init` runs; answers the times of the first kernel entry and of init, in seconds.
+///
+/// # Errors
+/// When no guest gets there within `seconds`, or none entered its kernel before.
+pub fn await_init(pipe: &mut Pipe, seconds: u16) -> Result<(f64, f64)> {
+    let mut entry = None;
+    loop {
+        let line = pipe.next(seconds)?;
+        let at = time(&line);
+        match moment(&line) {
+            Some(Moment::KernelEntry) => entry = entry.or(at),
+            Some(Moment::Init) => return entry.zip(at).context("A guest reached /init without entering a kernel"),
+            None => {}
+        }
+    }
 }
 
 /// The time of an event line such as `  qemu-123 [000] d..1. 57.123456: kvm_cpuid: func 5658 …`, in seconds.
@@ -124,15 +146,16 @@ pub fn time(line: &str) -> Option<f64> {
     line.split_whitespace().find_map(|word| word.strip_suffix(':')?.parse().ok())
 }
 
-/// The mark in a line of `kvm_cpuid`.
+/// The moment in a line of `kvm_cpuid`.
 #[must_use]
-pub fn mark(line: &str) -> Option<Mark> {
+pub fn moment(line: &str) -> Option<Moment> {
     let mut words = line.split_whitespace().skip_while(|word| *word != "kvm_cpuid:").skip(1);
     let function = (words.next()? == "func").then(|| words.next()).flatten()?;
-    let index = (words.next()? == "idx").then(|| words.next()).flatten()?;
-    let stamp = u64::from_str_radix(index, 16).ok()?;
-    (u32::from_str_radix(function, 16).ok()? == MARK_LEAF)
-        .then(|| Some(Mark { at: time(line)?, guest_cycles: stamp << STAMP_SHIFT }))?
+    match u32::from_str_radix(function, 16).ok()? {
+        MARK_LEAF => Some(Moment::Init),
+        HYPERVISOR_LEAF => Some(Moment::KernelEntry),
+        _ => None,
+    }
 }
 
 #[cfg(test)]
@@ -142,14 +165,15 @@ mod tests {
     const LINE: &str = "            vcpu0-812     [000] ..... 1234.500000: kvm_cpuid: func 5658 idx 3e8 rax 0 rbx 0 rcx 0 rdx 0, cpuid entry not found";
 
     #[test]
-    fn a_mark_is_read_with_both_clocks() {
-        assert_eq!(mark(LINE), Some(Mark { at: 1234.5, guest_cycles: 1000 << 10 }));
+    fn both_moments_are_read() {
+        assert_eq!((moment(LINE), time(LINE)), (Some(Moment::Init), Some(1234.5)));
+        assert_eq!(moment(&LINE.replace("5658", "40000000")), Some(Moment::KernelEntry));
     }
 
     #[test]
-    fn other_leaves_and_other_events_are_no_marks() {
-        assert_eq!(mark(&LINE.replace("5658", "1")), None);
-        assert_eq!(mark("  init-1  [000] ..... 5.0: sched_process_exec: filename=/bin/true pid=2 old_pid=2"), None);
+    fn other_leaves_and_other_events_are_no_moments() {
+        assert_eq!(moment(&LINE.replace("5658", "1")), None);
+        assert_eq!(moment("  init-1  [000] ..... 5.0: sched_process_exec: filename=/bin/true pid=2 old_pid=2"), None);
         assert_eq!(time("  init-1  [000] ..... 5.5: sched_process_exec: filename=/bin/true"), Some(5.5));
     }
 }
