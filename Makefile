@@ -12,7 +12,7 @@ FUZZ_SECONDS ?= 60
 
 # Debian packages that the builds need (the lab and the kernel's sources bring their own).
 PACKAGES := acpica-tools bc bison build-essential busybox-static cpio e2fsprogs erofs-utils flex libelf-dev \
-            libseccomp-dev libssl-dev mmdebstrap rsync xz-utils zstd
+            libseccomp-dev libssl-dev mmdebstrap python3 rsync xz-utils zstd
 
 .PHONY: help deps build dist images run test lint deny unit suites bench fuzz install clean
 .DEFAULT_GOAL := help

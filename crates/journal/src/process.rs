@@ -59,9 +59,15 @@ impl ProcessId {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
             result => result?,
         };
-        // Checked while the pidfd holds the number: what is signalled below is what was recorded.
-        if !self.is_alive() {
-            return Ok(());
+        // Checked while the pidfd holds the number: what is signalled below is what was recorded. A zombie is waited for
+        // as well: its main thread is dead, but others of a killed process may still hold its cgroup and its mounts.
+        match Self::of(self.pid) {
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(()),
+            found => {
+                if found? != *self {
+                    return Ok(());
+                }
+            }
         }
         match send_kill(pidfd.as_fd()) {
             Err(error) if error.raw_os_error() == Some(libc::ESRCH) => return Ok(()),
@@ -141,5 +147,20 @@ mod tests {
         assert!(!real.is_alive());
         assert!(!child.wait().unwrap().success());
         real.end().unwrap();
+    }
+
+    #[test]
+    fn the_end_of_a_process_is_the_end_of_its_last_thread() {
+        // The main thread ends by itself and leaves a zombie behind; the other one sleeps on.
+        let program = "import ctypes, threading, time; threading.Thread(target=time.sleep, args=(600,)).start(); \
+                       print(flush=True); ctypes.CDLL(None).syscall(60, 0)";
+        let mut command = std::process::Command::new("python3");
+        let mut child = command.args(["-c", program]).stdout(std::process::Stdio::piped()).spawn().unwrap();
+        std::io::Read::read_exact(child.stdout.as_mut().unwrap(), &mut [0]).unwrap();
+        let process = ProcessId::of(i32::try_from(child.id()).unwrap()).unwrap();
+        process.end().unwrap();
+        let threads = std::fs::read_dir(format!("/proc/{}/task", child.id())).unwrap().count();
+        assert_eq!(threads, 1, "threads left beside the zombie");
+        assert!(!child.wait().unwrap().success());
     }
 }
