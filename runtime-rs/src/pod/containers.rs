@@ -102,9 +102,18 @@ impl Container {
     }
 }
 
-/// The containers of a sandbox by id; `None` while one is being made.
+/// What an id stands for.
+#[derive(Debug)]
+enum Slot {
+    /// A container that is being made; whether it was deleted meanwhile.
+    Making { abandoned: bool },
+    /// A container.
+    Made(Arc<Container>),
+}
+
+/// The containers of a sandbox by id.
 #[derive(Debug, Default)]
-pub struct Containers(Mutex<HashMap<String, Option<Arc<Container>>>>);
+pub struct Containers(Mutex<HashMap<String, Slot>>);
 
 impl Containers {
     /// Takes an id for a container that is about to be made.
@@ -117,7 +126,7 @@ impl Containers {
         if containers.contains_key(id) {
             return Err(Error::AlreadyExists(format!("container {id}")));
         }
-        containers.insert(id.to_owned(), None);
+        containers.insert(id.to_owned(), Slot::Making { abandoned: false });
         Ok(Reservation { containers: self, id: id.to_owned() })
     }
 
@@ -127,7 +136,17 @@ impl Containers {
     ///
     /// [`Error::NotFound`], also while it is being made.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, Error> {
-        self.lock().get(id).cloned().flatten().ok_or_else(|| Error::NotFound(format!("container {id}")))
+        match self.lock().get(id) {
+            Some(Slot::Made(container)) => Ok(Arc::clone(container)),
+            _ => Err(Error::NotFound(format!("container {id}"))),
+        }
+    }
+
+    /// A container that is being made is no longer wanted: its client gave up.
+    pub fn abandon(&self, id: &str) {
+        if let Some(Slot::Making { abandoned }) = self.lock().get_mut(id) {
+            *abandoned = true;
+        }
     }
 
     /// Forgets a container.
@@ -135,16 +154,20 @@ impl Containers {
         self.lock().remove(id);
     }
 
-    /// Whether there is none, not even one that is being made.
+    /// Whether somebody wants none of them: there is none, but for abandoned ones.
     pub fn is_empty(&self) -> bool {
-        self.lock().is_empty()
+        self.lock().values().all(|slot| matches!(slot, Slot::Making { abandoned: true }))
     }
 
     fn all(&self) -> Vec<Arc<Container>> {
-        self.lock().values().flatten().cloned().collect()
+        let made = |slot: &Slot| match slot {
+            Slot::Made(container) => Some(Arc::clone(container)),
+            Slot::Making { .. } => None,
+        };
+        self.lock().values().filter_map(made).collect()
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<String, Option<Arc<Container>>>> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -157,18 +180,18 @@ pub struct Reservation<'a> {
 }
 
 impl Reservation<'_> {
-    /// Puts the container in.
-    pub fn fill(self, container: Container) -> Arc<Container> {
+    /// Puts the container in, and tells whether it was abandoned meanwhile.
+    pub fn fill(self, container: Container) -> (Arc<Container>, bool) {
         let container = Arc::new(container);
-        self.containers.lock().insert(self.id.clone(), Some(Arc::clone(&container)));
-        container
+        let before = self.containers.lock().insert(self.id.clone(), Slot::Made(Arc::clone(&container)));
+        (container, matches!(before, Some(Slot::Making { abandoned: true })))
     }
 }
 
 impl Drop for Reservation<'_> {
     fn drop(&mut self) {
         let mut containers = self.containers.lock();
-        if let Some(None) = containers.get(&self.id) {
+        if let Some(Slot::Making { .. }) = containers.get(&self.id) {
             containers.remove(&self.id);
         }
     }
@@ -311,11 +334,13 @@ mod tests {
         assert!(matches!(containers.reserve("a"), Err(Error::AlreadyExists(_))));
         assert!(matches!(containers.get("a"), Err(Error::NotFound(_))));
         assert!(!containers.is_empty());
+        containers.abandon("a");
+        assert!(containers.is_empty());
         drop(reservation);
         assert!(containers.is_empty());
         let init = Process::new(String::new(), Names::default(), Pumps::default());
         let container = Container::new("a".into(), "/b".into(), init, Vec::new(), false);
-        containers.reserve("a").unwrap().fill(container);
+        assert!(!containers.reserve("a").unwrap().fill(container).1);
         assert_eq!(containers.get("a").unwrap().bundle, "/b");
     }
 

@@ -16,6 +16,7 @@ use protocols::{BUNDLES_DIR, CONTAINER_OPTIONS_TYPE_URL, SHARED_DIR};
 
 use super::Pod;
 use super::containers::{self, Container};
+use super::operations;
 use super::process::Process;
 use super::sandbox::Sandbox;
 use super::stdio::{Names, Pumps};
@@ -34,6 +35,7 @@ use crate::spec::{Bind, GuestSpec, Role, Spec};
 pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest) -> Result<u32, Error> {
     pod.stamp("Create");
     paths::check("id", &request.id)?;
+    let _inside = pod.gate.enter().await?;
     if !request.checkpoint.is_empty() {
         let text = "a container cannot be restored from a checkpoint; create it without one";
         return Err(Error::Unsupported(text.to_owned()));
@@ -43,9 +45,13 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest) -> Result<u32, E
         Some(prepared) => make(pod, &request, prepared).await?,
         None => pause(&request),
     };
-    let container = reservation.fill(container);
+    let (container, abandoned) = reservation.fill(container);
     if !container.is_pause() {
         containers::watch(pod, &container, container.init());
+    }
+    if abandoned {
+        operations::discard(pod, &container).await;
+        return Err(Error::State(format!("container {} was deleted while it was being made", request.id)));
     }
     pod.stamp("container created");
     let event = TaskCreate {
@@ -130,7 +136,7 @@ async fn found(pod: &Arc<Pod>, cgroups_path: String, config: Option<PathBuf>) ->
 
 async fn boot(pod: &Arc<Pod>, config: &Config, hostname: &str) -> Result<Arc<Sandbox>, Error> {
     let boot = async || Ok::<_, Error>(Arc::new(Sandbox::boot(pod, config, hostname).await?));
-    let sandbox = Arc::clone(pod.sandbox.get_or_try_init(boot).await?);
+    let sandbox = Arc::clone(pod.gate.unless_closed(pod.sandbox.get_or_try_init(boot)).await?);
     containers::watch_sandbox(pod, &sandbox);
     Ok(sandbox)
 }
@@ -175,7 +181,8 @@ async fn make(pod: &Arc<Pod>, request: &CreateTaskRequest, prepared: Prepared) -
         let (streams, pumps) = Pumps::start(&names, &pod.streams, &pod.first_byte).await?;
         let request = guest_request(&request.id, guest, &streams)?;
         let context = ttrpc::context::with_duration(sandbox.create_timeout);
-        sandbox.task.create(context, &request).await.map_err(|error| sandbox.explain(error))?;
+        let created = async { sandbox.task.create(context, &request).await.map_err(|error| sandbox.explain(error)) };
+        pod.gate.unless_closed(created).await?;
         Ok(pumps)
     };
     match made.await {

@@ -19,6 +19,7 @@ use ttrpc::asynchronous::transport::Listener;
 
 use super::containers::Containers;
 use super::events::{ADDRESS_VARIABLE, Publisher};
+use super::gate::Gate;
 use super::service;
 use super::{Facts, Foundation, Pod, PodError};
 use crate::args::Args;
@@ -29,6 +30,8 @@ use crate::start::{CONNECTED, PRINTED, READY, STAMPS_VARIABLE};
 
 /// containerd connects at once after `start`; a pod process that nobody wants ends after this.
 const CONNECT_DEADLINE: Duration = Duration::from_secs(10);
+/// What is being made when the pod ends is given up within this.
+const GIVE_UP_DEADLINE: Duration = Duration::from_secs(10);
 /// Events that containerd does not take at the end are dropped after this.
 const FLUSH_DEADLINE: Duration = Duration::from_secs(2);
 
@@ -110,6 +113,7 @@ async fn live(
         containers: Containers::default(),
         first_byte: Arc::default(),
         end: Notify::new(),
+        gate: Gate::default(),
         timeline: Mutex::new(timeline),
         facts: Mutex::new(Facts::default()),
     });
@@ -181,6 +185,7 @@ async fn wanted(mut channel: UnixStream, connected: Arc<Notify>) -> bool {
 /// Ends the machine and undoes everything; each step is tried whatever the others do.
 async fn wind_up(pod: &Arc<Pod>) {
     pod.streams.close();
+    pod.gate.close(GIVE_UP_DEADLINE).await;
     if let Some(sandbox) = pod.sandbox.get() {
         sandbox.stop().await;
     }

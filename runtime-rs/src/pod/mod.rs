@@ -3,6 +3,7 @@
 pub mod containers;
 pub mod create;
 pub mod events;
+pub mod gate;
 pub mod lifetime;
 pub mod operations;
 pub mod process;
@@ -26,6 +27,7 @@ use crate::machine::Launcher;
 use crate::paths::Paths;
 use containers::Containers;
 use events::Publisher;
+use gate::Gate;
 use sandbox::Sandbox;
 use stdio::FirstByte;
 use streams::Streams;
@@ -54,6 +56,8 @@ pub struct Pod {
     pub first_byte: Arc<FirstByte>,
     /// Tells the pod process to end.
     pub end: Notify,
+    /// Ends what is being made when the pod ends.
+    pub gate: Gate,
     timeline: Mutex<Timeline>,
     facts: Mutex<Facts>,
 }

@@ -138,6 +138,9 @@ pub async fn kill(pod: &Arc<Pod>, request: &KillRequest) -> Result<(), Error> {
 ///
 /// [`Error::State`] while it runs.
 pub async fn delete(pod: &Arc<Pod>, request: &DeleteRequest) -> Result<Exit, Error> {
+    if request.exec_id.is_empty() {
+        pod.containers.abandon(&request.id);
+    }
     let container = pod.containers.get(&request.id)?;
     let process = container.process(&request.exec_id)?;
     let ran = match process.phase() {
@@ -172,6 +175,19 @@ pub async fn delete(pod: &Arc<Pod>, request: &DeleteRequest) -> Result<Exit, Err
     };
     pod.events.publish(TASK_DELETE_EVENT_TOPIC, &event);
     Ok(exit)
+}
+
+/// Takes back a container that nobody wants any more by the time it is made.
+pub async fn discard(pod: &Arc<Pod>, container: &Container) {
+    let request = DeleteRequest { id: container.id.clone(), ..DeleteRequest::default() };
+    if !container.is_pause() {
+        end_created(pod, container, container.init()).await;
+        if let Err(error) = delete_in_guest(pod, &request).await {
+            tracing::warn!(%error, "an abandoned container stays in the guest");
+        }
+    }
+    containers::undo(pod, container.take_effects()).await;
+    pod.containers.remove(&container.id);
 }
 
 /// A container that was made but not started has an init in the guest that waits to run.

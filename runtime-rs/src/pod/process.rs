@@ -1,7 +1,6 @@
 //! One process of a container, its init or an exec: what the host knows of it without asking the guest.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use protobuf::well_known_types::timestamp::Timestamp;
 use protocols::containerd::types::task::Status;
@@ -10,9 +9,6 @@ use tokio::sync::watch;
 use super::stdio::{Names, Pumps};
 use crate::delete::EXIT_KILLED;
 use crate::error::Error;
-
-/// How long a reader may take for the rest of the output once its process is deleted.
-const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
 /// How a process ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -151,7 +147,7 @@ impl Process {
 
     /// Waits, within limits, for the rest of the output of a process that the guest has forgotten.
     pub async fn drain(&self) {
-        self.pumps.finish(DRAIN_DEADLINE).await;
+        self.pumps.finish().await;
     }
 }
 

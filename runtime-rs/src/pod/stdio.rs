@@ -4,7 +4,7 @@
 //! are on their way, so an idle container costs none.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -32,6 +32,21 @@ pub struct Names {
     pub stderr: String,
     /// Whether the process has a terminal.
     pub terminal: bool,
+}
+
+/// After the guest has forgotten a process, a pump that has nothing to write waits for nothing but a descendant that
+/// keeps the stream open. containerd's own shim gives it as long.
+const QUIET_DEADLINE: Duration = Duration::from_secs(2);
+/// A reader that takes nothing for so long has given up.
+const READER_DEADLINE: Duration = Duration::from_secs(60);
+
+/// What an output pump is doing.
+#[derive(Debug, Default)]
+struct Flow {
+    /// Bytes that the reader took.
+    written: AtomicU64,
+    /// Whether bytes wait for the reader.
+    writing: AtomicBool,
 }
 
 /// The moment of the first output byte, in nanoseconds of CLOCK_MONOTONIC; 0 before it.
@@ -70,7 +85,7 @@ pub struct Pumps {
     streams: Option<Arc<Streams>>,
     ids: Vec<u64>,
     input: Mutex<Inlet>,
-    outputs: Mutex<Vec<JoinHandle<()>>>,
+    outputs: Mutex<Vec<(Arc<Flow>, JoinHandle<()>)>>,
 }
 
 impl Pumps {
@@ -95,8 +110,9 @@ impl Pumps {
         for (output, name) in [(stdout, &mut guest.stdout), (stderr, &mut guest.stderr)] {
             if let Some(output) = output {
                 let opening = pumps.expect(streams, name);
-                let pump = tokio::spawn(pump_out(opening, output, Arc::clone(first)));
-                pumps.outputs.get_mut().unwrap_or_else(PoisonError::into_inner).push(pump);
+                let flow = Arc::<Flow>::default();
+                let pump = tokio::spawn(pump_out(opening, output, Arc::clone(first), Arc::clone(&flow)));
+                pumps.outputs.get_mut().unwrap_or_else(PoisonError::into_inner).push((flow, pump));
             }
         }
         Ok((guest, pumps))
@@ -146,24 +162,41 @@ impl Pumps {
         }
     }
 
-    /// Waits until all output is written, for at most `deadline`; then everything is closed.
-    pub async fn finish(&self, deadline: Duration) {
+    /// Waits until all output of a forgotten process is written, for as long as its reader takes any; then everything is
+    /// closed.
+    pub async fn finish(&self) {
         let outputs = std::mem::take(&mut *self.outputs.lock().unwrap_or_else(PoisonError::into_inner));
-        let deadline = tokio::time::Instant::now() + deadline;
-        for mut pump in outputs {
-            if tokio::time::timeout_at(deadline, &mut pump).await.is_err() {
-                tracing::warn!("the reader of a container's output is too slow; what it did not read is lost");
-                pump.abort();
-            }
+        for (flow, pump) in outputs {
+            finish_output(&flow, pump).await;
         }
         self.abort_input();
+    }
+}
+
+async fn finish_output(flow: &Flow, mut pump: JoinHandle<()>) {
+    let mut stalled = Duration::ZERO;
+    loop {
+        let before = flow.written.load(Ordering::Relaxed);
+        if tokio::time::timeout(QUIET_DEADLINE, &mut pump).await.is_ok() {
+            return;
+        }
+        let progressed = flow.written.load(Ordering::Relaxed) != before;
+        stalled = if progressed { Duration::ZERO } else { stalled + QUIET_DEADLINE };
+        let writing = flow.writing.load(Ordering::Relaxed);
+        if !progressed && (!writing || stalled >= READER_DEADLINE) {
+            if writing {
+                tracing::warn!("nobody reads the rest of a process's output; it is lost");
+            }
+            pump.abort();
+            return;
+        }
     }
 }
 
 impl Drop for Pumps {
     fn drop(&mut self) {
         self.abort_input();
-        for pump in self.outputs.get_mut().unwrap_or_else(PoisonError::into_inner) {
+        for (_, pump) in self.outputs.get_mut().unwrap_or_else(PoisonError::into_inner) {
             pump.abort();
         }
         if let Some(streams) = &self.streams {
@@ -210,7 +243,20 @@ async fn wait_closed(stream: &UnixStream) {
     }
 }
 
-async fn pump_out(opening: Opening, mut output: Output, first: Arc<FirstByte>) {
+/// Writes all of `bytes`, and counts what was taken.
+async fn write(output: &mut Output, mut bytes: &[u8], flow: &Flow) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        let count = match output {
+            Output::Fifo(fifo) => fifo.write(bytes).await?,
+            Output::File(file) => file.write(bytes).await?,
+        };
+        flow.written.fetch_add(count as u64, Ordering::Relaxed);
+        bytes = &bytes[count..];
+    }
+    Ok(())
+}
+
+async fn pump_out(opening: Opening, mut output: Output, first: Arc<FirstByte>, flow: Arc<Flow>) {
     let Ok(stream) = opening.await else { return };
     let result: std::io::Result<()> = async {
         loop {
@@ -220,10 +266,9 @@ async fn pump_out(opening: Opening, mut output: Output, first: Arc<FirstByte>) {
                 Ok(0) => return Ok(()),
                 Ok(_) => {
                     first.mark();
-                    match &mut output {
-                        Output::Fifo(fifo) => fifo.write_all(&buffer).await?,
-                        Output::File(file) => file.write_all(&buffer).await?,
-                    }
+                    flow.writing.store(true, Ordering::Relaxed);
+                    write(&mut output, &buffer, &flow).await?;
+                    flow.writing.store(false, Ordering::Relaxed);
                 }
                 Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
                 Err(error) => return Err(error),

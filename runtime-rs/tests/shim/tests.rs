@@ -31,6 +31,7 @@ pub(crate) fn all() -> Vec<Trial> {
         trial("the same id in two namespaces is two sandboxes", namespaces),
         trial("a pod process that is killed at any moment leaves nothing after delete", killed_pods),
         trial("a start that is killed at any moment leaves nothing", killed_starts),
+        trial("a container whose client gives up while it is being made leaves nothing", given_up),
         trial("a pod that nobody connects to ends by itself", unwanted),
         trial("delete succeeds when there is nothing and says 137", delete_nothing),
         trial("the timeline names every hop in order", timelines),
@@ -429,6 +430,19 @@ async fn killed_starts() {
         }
         node.expect_nothing_left().await;
     }
+}
+
+/// What containerd does when the client of a `Create` hangs up: `Delete`, `Shutdown`, and nothing else.
+async fn given_up() {
+    let node = Node::new().await;
+    node.configure("kernel_params = \"fake=hang\"");
+    let bundle = node.bundle("given-up", &["/bin/true"], Value::Null);
+    let task = node.connect("given-up", &bundle).await;
+    let create = tokio::time::timeout(std::time::Duration::from_millis(300), task.create(&Io::default())).await;
+    assert!(create.is_err());
+    assert_eq!(code(&task.delete("").await.unwrap_err()), Code::NOT_FOUND);
+    task.shutdown().await;
+    node.expect_nothing_left().await;
 }
 
 async fn unwanted() {
