@@ -10,13 +10,14 @@ use anyhow::{Context as _, Result, bail};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 
 use super::smaps::usage;
-use super::trace::{Instance, Moment, moment, moment_filter};
+use super::trace::{Instance, Pipe, await_init, moment_filter};
 use super::vmm::{GUEST_MEMORY, Guest, Vmm};
-use super::{Samples, push};
+use super::{Samples, push, retry};
 
 /// How many VMs share what can be shared.
 pub const CROWD: usize = 10;
-const LIMIT: u16 = 120;
+/// Seconds that a guest may take to its `/init` or its agent, some fifty times what it takes.
+const LIMIT: u16 = 20;
 /// The vsock port on which the host awaits the agent.
 const AGENT_PORT: u32 = 1024;
 /// How a guest finds its image and its agent.
@@ -54,17 +55,17 @@ pub fn measure(vmm: Vmm, kernel: &Path, initrd: &Path, rounds: usize) -> Result<
     Ok(samples)
 }
 
+/// Starts `count` guests, each when the one before idles.
 fn start(vmm: Vmm, kernel: &Path, initrd: &Path, count: usize) -> Result<Vec<Guest>> {
     let marks = Instance::new("tatami-marks", "kvm/kvm_cpuid", &moment_filter())?;
     let mut pipe = marks.pipe()?;
-    let guests = (0..count).map(|_| vmm.start(kernel, initrd)).collect::<Result<Vec<_>>>()?;
-    let mut ready = 0;
-    while ready < count {
-        if moment(&pipe.next(LIMIT)?) == Some(Moment::Init) {
-            ready += 1;
-        }
-    }
-    Ok(guests)
+    (0..count).map(|_| retry(|| boot(vmm, kernel, initrd, &mut pipe))).collect()
+}
+
+fn boot(vmm: Vmm, kernel: &Path, initrd: &Path, pipe: &mut Pipe) -> Result<Guest> {
+    let guest = vmm.start(kernel, initrd)?;
+    await_init(pipe, LIMIT)?;
+    Ok(guest)
 }
 
 /// A VM with the guest image, its agent ready.
@@ -86,25 +87,28 @@ pub fn measure_agent(kernel: &Path, image: &Path, rounds: usize) -> Result<Sampl
     let mut samples = Samples::new();
     let dir = tempfile::tempdir().context("Cannot make a directory")?;
     for _ in 0..rounds {
-        let socket = dir.path().join("vsock");
-        let path = dir.path().join(format!("vsock_{AGENT_PORT}"));
-        for stale in [&socket, &path] {
-            // There is none in the first round.
-            let _ = fs::remove_file(stale);
-        }
-        let listener = UnixListener::bind(&path).with_context(|| format!("Cannot listen on {}", path.display()))?;
-        let guest = start_agent(kernel, image, &socket)?;
-        let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
-        let limit = PollTimeout::try_from(i32::from(LIMIT) * 1000).unwrap_or(PollTimeout::MAX);
-        if poll(&mut fds, limit)? == 0 {
-            bail!("The agent did not call within {LIMIT} s");
-        }
-        let connection = listener.accept().context("Cannot accept the agent's call")?;
-        let memory = usage(guest.0.id(), GUEST_MEMORY * 1024)?;
-        push(&mut samples, "agent guest", memory.guest as f64);
-        drop(connection);
+        let memory = retry(|| agent_memory(kernel, image, dir.path()))?;
+        push(&mut samples, "agent guest", memory as f64);
     }
     Ok(samples)
+}
+
+fn agent_memory(kernel: &Path, image: &Path, dir: &Path) -> Result<u64> {
+    let socket = dir.join("vsock");
+    let path = dir.join(format!("vsock_{AGENT_PORT}"));
+    for stale in [&socket, &path] {
+        // There is none in the first round.
+        let _ = fs::remove_file(stale);
+    }
+    let listener = UnixListener::bind(&path).with_context(|| format!("Cannot listen on {}", path.display()))?;
+    let guest = start_agent(kernel, image, &socket)?;
+    let mut fds = [PollFd::new(listener.as_fd(), PollFlags::POLLIN)];
+    let limit = PollTimeout::try_from(i32::from(LIMIT) * 1000).unwrap_or(PollTimeout::MAX);
+    if poll(&mut fds, limit)? == 0 {
+        bail!("The agent did not call within {LIMIT} s");
+    }
+    let _connection = listener.accept().context("Cannot accept the agent's call")?;
+    Ok(usage(guest.0.id(), GUEST_MEMORY * 1024)?.guest)
 }
 
 fn start_agent(kernel: &Path, image: &Path, socket: &Path) -> Result<AgentGuest> {

@@ -3,11 +3,15 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::io::Read;
+use std::os::fd::AsFd as _;
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 
 use async_trait::async_trait;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::stat::Mode;
 use nix::unistd::mkfifo;
 use protobuf::MessageField;
@@ -278,12 +282,16 @@ impl TaskHandle {
     }
 }
 
-/// Reads a FIFO to its end on a thread of its own.
+/// Reads a FIFO to its end on a thread of its own. The FIFO has its reader when this returns: what a writer leaves there
+/// is not lost, however late the thread is.
 pub(crate) fn read_all(fifo: &str) -> tokio::task::JoinHandle<Vec<u8>> {
-    let fifo = fifo.to_owned();
+    let mut file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(fifo).unwrap();
     tokio::task::spawn_blocking(move || {
+        // Before the first writer a read would say end of file; poll waits for the writer (fifo(7)).
+        poll(&mut [PollFd::new(file.as_fd(), PollFlags::POLLIN)], PollTimeout::NONE).unwrap();
+        fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
         let mut bytes = Vec::new();
-        fs::File::open(fifo).unwrap().read_to_end(&mut bytes).unwrap();
+        file.read_to_end(&mut bytes).unwrap();
         bytes
     })
 }
