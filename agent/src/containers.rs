@@ -11,6 +11,7 @@ use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::LinuxResources;
 use protobuf::Message;
+use protocols::MAX_SPEC;
 use protocols::agent::ContainerOptions;
 use protocols::containerd::api::{CreateTaskRequest, ExecProcessRequest};
 use tokio::task::spawn_local;
@@ -25,9 +26,6 @@ use crate::process::{Phase, Process, StdioFields};
 use crate::reaper::Exit;
 use crate::stdio::{ProcessEnds, StdioRequest};
 use crate::sys;
-
-/// Longest OCI specification, process or resources description, in bytes of JSON.
-const SPEC_LIMIT: usize = 2 << 20;
 
 /// Type of the process description in an Exec request, as containerd registers it.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
@@ -329,8 +327,8 @@ fn check_bundle(requested: &str, bundle: &Path) -> Result<()> {
 }
 
 fn check_size(what: &str, size: usize) -> Result<()> {
-    if size > SPEC_LIMIT {
-        return Err(Error::invalid(format!("{what} has {size} bytes: the limit is {SPEC_LIMIT}")));
+    if size > MAX_SPEC {
+        return Err(Error::invalid(format!("{what} has {size} bytes: the limit is {MAX_SPEC}")));
     }
     Ok(())
 }

@@ -99,8 +99,9 @@ fn compare(report: &mut Report, group: &'static str, names: [&str; 2], samples: 
 fn boot(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -> Result<()> {
     let base = site.provide(&kernel(&inputs.dist), "base")?;
     let initrd = site.provide(&inputs.initrd, "initrd")?;
-    let rounds = inputs.rounds.to_string();
-    let samples = site.measure(&["boot", "--kernel", &base, "--initrd", &initrd, "--rounds", &rounds])?;
+    let (rounds, limit) = (inputs.rounds.to_string(), clock.boot_limit().to_string());
+    let arguments = ["boot", "--kernel", &base, "--initrd", &initrd, "--rounds", &rounds, "--limit", &limit];
+    let samples = site.measure(&arguments)?;
     let group = match clock {
         Clock::Virtual => "Boot, virtual time",
         Clock::Wall => "Boot, wall time",
@@ -118,7 +119,8 @@ fn boot(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -> Resu
 /// When a kernel does not boot.
 pub fn kernel_samples(site: &Site, kernels: &[PathBuf], initrd: &Path, rounds: usize) -> Result<Vec<Sample>> {
     let (initrd, rounds) = (site.provide(initrd, "initrd")?, rounds.to_string());
-    let mut arguments = vec!["kernels", "--initrd", &initrd, "--rounds", &rounds];
+    let limit = Clock::Virtual.boot_limit().to_string();
+    let mut arguments = vec!["kernels", "--initrd", &initrd, "--rounds", &rounds, "--limit", &limit];
     let kernels: Vec<String> = kernels
         .iter()
         .enumerate()

@@ -83,6 +83,9 @@ enum Measure {
         initrd: PathBuf,
         #[arg(long)]
         rounds: usize,
+        /// Seconds that a guest may take
+        #[arg(long)]
+        limit: u16,
     },
     /// Boot times of kernels in QEMU microvm
     Kernels {
@@ -92,6 +95,9 @@ enum Measure {
         initrd: PathBuf,
         #[arg(long)]
         rounds: usize,
+        /// Seconds that a guest may take
+        #[arg(long)]
+        limit: u16,
     },
     /// Memory of monitors and guests
     Memory {
@@ -132,17 +138,17 @@ fn main() -> ExitCode {
 fn take_samples(measure: Measure) -> Result<()> {
     let mut samples = Samples::new();
     match measure {
-        Measure::Boot { kernel, initrd, rounds } => {
+        Measure::Boot { kernel, initrd, rounds, limit } => {
             let contender = |vmm: Vmm| Contender { name: vmm.name().to_owned(), vmm, kernel: &kernel };
             let contenders = [Vmm::Dragonball, Vmm::Microvm].map(contender);
-            samples.extend(boot::measure(&contenders, &initrd, rounds)?);
+            samples.extend(boot::measure(&contenders, &initrd, rounds, limit)?);
         }
-        Measure::Kernels { kernel, initrd, rounds } => {
+        Measure::Kernels { kernel, initrd, rounds, limit } => {
             let mut contenders = Vec::new();
             for (number, kernel) in kernel.iter().enumerate() {
                 contenders.push(Contender { name: format!("kernel {number}"), vmm: Vmm::Microvm, kernel });
             }
-            samples.extend(boot::measure(&contenders, &initrd, rounds)?);
+            samples.extend(boot::measure(&contenders, &initrd, rounds, limit)?);
         }
         Measure::Memory { kernel, initrd, image, rounds } => {
             memory::without_huge_pages()?;

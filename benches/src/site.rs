@@ -34,6 +34,15 @@ impl Clock {
         }
     }
 
+    /// Seconds in which every guest that boots at all has booted: a virtual second lasts a minute where a guest spins.
+    #[must_use]
+    pub fn boot_limit(self) -> u16 {
+        match self {
+            Self::Virtual => 2,
+            Self::Wall => 60,
+        }
+    }
+
     fn snapshot(self) -> Snapshot {
         match self {
             Self::Virtual => Snapshot::Icount,

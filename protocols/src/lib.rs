@@ -32,5 +32,8 @@ pub const SHARED_DIR: &str = "/run/kata-containers/shared/containers";
 pub const BUNDLES_DIR: &str = "/run/kata-containers/bundles";
 /// Prefix of a stdio field that names a stream: `stream:17`.
 pub const STREAM_SCHEME: &str = "stream:";
+/// Bytes of a container's runtime spec (`config.json`, and what becomes of it for the guest): a ttrpc message holds 4 MiB,
+/// and the rest of a request needs room too.
+pub const MAX_SPEC: usize = 3 << 20;
 /// `Any.type_url` of [`agent::ContainerOptions`].
 pub const CONTAINER_OPTIONS_TYPE_URL: &str = "tatami.agent.v1.ContainerOptions";

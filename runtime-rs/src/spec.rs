@@ -9,10 +9,8 @@ use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 
-use protocols::{BUNDLES_DIR, SHARED_DIR};
+use protocols::{BUNDLES_DIR, MAX_SPEC, SHARED_DIR};
 use serde_json::{Map, Value, json};
-
-use crate::start::MAX_SPEC;
 
 /// Why a container cannot be made from this specification.
 #[derive(Debug, thiserror::Error)]
@@ -130,8 +128,8 @@ impl Spec {
         let bad = |problem: String| SpecError::Unreadable { path: path.clone(), problem };
         let mut text = Vec::new();
         let file = std::fs::File::open(&path).map_err(|error| bad(error.to_string()))?;
-        file.take(MAX_SPEC + 1).read_to_end(&mut text).map_err(|error| bad(error.to_string()))?;
-        if text.len() as u64 > MAX_SPEC {
+        file.take(MAX_SPEC as u64 + 1).read_to_end(&mut text).map_err(|error| bad(error.to_string()))?;
+        if text.len() > MAX_SPEC {
             return Err(bad(format!("larger than the limit of {MAX_SPEC} bytes")));
         }
         let fields = serde_json::from_slice(&text).map_err(|error| bad(error.to_string()))?;

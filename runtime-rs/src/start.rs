@@ -38,8 +38,6 @@ pub const STAMPS_VARIABLE: &str = "KATA_START_STAMPS";
 const READY_DEADLINE: Duration = Duration::from_secs(10);
 /// A pod process gives containerd less than this to connect, and then ends by itself.
 const GUARD_DEADLINE: Duration = Duration::from_secs(20);
-/// A larger `config.json` is refused (bytes).
-pub(crate) const MAX_SPEC: u64 = 8 << 20;
 /// The longest failure that the pod process tells (bytes).
 const MAX_FAILURE: u64 = 16 << 10;
 
@@ -123,7 +121,7 @@ fn sandbox_of(bundle: &Path, id: &str) -> Result<String, StartError> {
     }
     let read = || -> std::io::Result<Annotated> {
         let mut text = Vec::new();
-        File::open(bundle.join("config.json"))?.take(MAX_SPEC).read_to_end(&mut text)?;
+        File::open(bundle.join("config.json"))?.take(protocols::MAX_SPEC as u64).read_to_end(&mut text)?;
         Ok(serde_json::from_slice(&text)?)
     };
     let spec = read().map_err(|source| StartError::Bundle { path: bundle.to_owned(), source })?;

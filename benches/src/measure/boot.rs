@@ -8,9 +8,6 @@ use super::trace::{Instance, await_init, moment_filter, time};
 use super::vmm::Vmm;
 use super::{Samples, push, retry};
 
-/// Seconds that a guest may take; an emulated machine that others load too is slow in wall time.
-const LIMIT: u16 = 60;
-
 /// One combination that is measured.
 #[derive(Clone, Debug)]
 pub struct Contender<'a> {
@@ -23,17 +20,17 @@ pub struct Contender<'a> {
 }
 
 /// Boots each contender once per round, one after the other: first a round that is thrown away (the page cache fills),
-/// then `rounds` that count. Samples `NAME` are milliseconds from exec to init, `NAME kernel` those from the
+/// then `rounds` that count. A guest that does not get there within `limit` seconds is started again. Samples `NAME` are milliseconds from exec to init, `NAME kernel` those from the
 /// kernel's entry to init.
 ///
 /// # Errors
 /// When a guest does not reach its `/init`.
-pub fn measure(contenders: &[Contender<'_>], initrd: &Path, rounds: usize) -> Result<Samples> {
+pub fn measure(contenders: &[Contender<'_>], initrd: &Path, rounds: usize, limit: u16) -> Result<Samples> {
     let marks = Instance::new("tatami-marks", "kvm/kvm_cpuid", &moment_filter())?;
     let mut samples = Samples::new();
     for round in 0..=rounds {
         for contender in contenders {
-            let (total, kernel) = retry(|| boot(contender, initrd, &marks))
+            let (total, kernel) = retry(|| boot(contender, initrd, &marks, limit))
                 .with_context(|| format!("{} does not boot", contender.name))?;
             if round > 0 {
                 push(&mut samples, &contender.name, total);
@@ -45,12 +42,12 @@ pub fn measure(contenders: &[Contender<'_>], initrd: &Path, rounds: usize) -> Re
 }
 
 /// Milliseconds from exec to init, and from the kernel's entry to init.
-fn boot(contender: &Contender<'_>, initrd: &Path, marks: &Instance) -> Result<(f64, f64)> {
+fn boot(contender: &Contender<'_>, initrd: &Path, marks: &Instance, limit: u16) -> Result<(f64, f64)> {
     let filter = format!("filename == \"{}\"", contender.vmm.program());
     let execs = Instance::new("tatami-execs", "sched/sched_process_exec", &filter)?;
     let mut pipe = marks.pipe()?;
     let guest = contender.vmm.start(contender.kernel, initrd)?;
-    let (entry, init) = await_init(&mut pipe, LIMIT)?;
+    let (entry, init) = await_init(&mut pipe, limit)?;
     drop(guest);
     let executed = execs.take()?.first().and_then(|line| time(line)).context("No exec was traced")?;
     Ok(((init - executed) * 1e3, (init - entry) * 1e3))

@@ -6,6 +6,7 @@ use std::process::{Command, Output};
 use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail};
+use config::Config;
 
 use super::smaps::usage;
 use super::{Samples, push};
@@ -99,13 +100,15 @@ pub fn measure_pods(image: &str) -> Result<Samples> {
 }
 
 fn pods() -> Result<Samples> {
+    let guest_size =
+        Config::load(None).context("Cannot read the runtime's configuration")?.0.hypervisor.default_memory / 1024;
     let mut samples = Samples::new();
     for entry in fs::read_dir("/proc").context("Cannot read /proc")? {
         let entry = entry.context("Cannot read /proc")?;
         let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
         if fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == Path::new(POD_PROGRAM)) {
             // Other processes of that program own no guest memory.
-            let memory = usage(pid, u64::MAX)?;
+            let memory = usage(pid, guest_size)?;
             if memory.guest > 0 {
                 push(&mut samples, "pod rss", memory.own_rss as f64);
                 push(&mut samples, "pod pss", memory.own_pss as f64);

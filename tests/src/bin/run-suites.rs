@@ -34,6 +34,14 @@ enum Action {
         #[arg(long, value_name = "SNAPSHOT")]
         snapshot: Option<Snapshot>,
     },
+    /// Runs a test program by itself in the lab: the small guests, unless they ran on this host's hardware.
+    Program {
+        /// The program; it needs nothing but the C library.
+        program: PathBuf,
+        /// Where to write the log.
+        #[arg(long, value_name = "DIRECTORY")]
+        report: PathBuf,
+    },
     /// Runs real images in VMs and shows their output and a timeline.
     Demo {
         #[command(flatten)]
@@ -66,6 +74,7 @@ const LAB_SLOWNESS: &str = "10";
 
 fn main() -> Result<ExitCode> {
     let (parts, program, arguments, snapshots) = match Arguments::parse().action {
+        Action::Program { program, report } => return alone_in_the_lab(&program, &report),
         Action::Test { parts, filter, snapshot } => {
             let snapshots = snapshot.map_or_else(|| vec![Snapshot::Base, Snapshot::Containerd21], |one| vec![one]);
             (parts, "suites", filter.into_iter().collect::<Vec<_>>(), snapshots)
@@ -130,11 +139,8 @@ fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snap
     if program == "demo" {
         command = command.args(["--report", "/root/report"]);
     }
-    let mut log = Log::create(&parts.report.join(format!("{program}-{snapshot}.log")))?;
-    let status = machine.run_streaming(&command, Input::Empty, |event| match event {
-        Event::Stdout(bytes) | Event::Stderr(bytes) => log.add(&bytes),
-        Event::Ended(_) => {}
-    })?;
+    let log = Log::create(&parts.report.join(format!("{program}-{snapshot}.log")))?;
+    let status = stream(&machine, &command, log)?;
     if program == "demo" && status == Status::Exited(0) {
         machine.pull("/root/report", &parts.report)?;
     }
@@ -143,6 +149,31 @@ fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snap
     }
     machine.end()?;
     Ok(status == Status::Exited(0))
+}
+
+fn alone_in_the_lab(program: &Path, report: &Path) -> Result<ExitCode> {
+    let name =
+        program.file_name().with_context(|| format!("{} names no program", program.display()))?.to_string_lossy();
+    if lab::probe::probe().hardware {
+        println!("{name} ran on this host's own KVM, with the unit tests");
+        return Ok(ExitCode::SUCCESS);
+    }
+    fs::create_dir_all(report).with_context(|| format!("Cannot create {}", report.display()))?;
+    println!("{name} in the lab");
+    let machine = Machine::restore(Snapshot::Base, &format!("program-{}", std::process::id()))?;
+    machine.push(program, "/root/bin/program")?;
+    let log = Log::create(&report.join(format!("{name}.log")))?;
+    let status = stream(&machine, &lab::Command::new("/root/bin/program"), log)?;
+    machine.end()?;
+    Ok(if status == Status::Exited(0) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn stream(machine: &Machine, command: &lab::Command, mut log: Log) -> Result<Status> {
+    let status = machine.run_streaming(command, Input::Empty, |event| match event {
+        Event::Stdout(bytes) | Event::Stderr(bytes) => log.add(&bytes),
+        Event::Ended(_) => {}
+    })?;
+    Ok(status)
 }
 
 /// Shows what a program writes and keeps it.
