@@ -166,13 +166,13 @@ async fn requests_beyond_their_bounds_are_refused_before_anything_happens() {
         change(&mut request);
         request
     };
-    let huge = serde_json::json!({"padding": "x".repeat(3 << 20)});
+    let huge = serde_json::json!({"padding": "x".repeat(protocols::MAX_SPEC)});
     let cases = [
         (request(&|r| r.options.mut_or_insert_default().type_url = "other".into()), "tatami.agent.v1.ContainerOptions"),
         (request(&|r| r.options = None.into()), "ContainerOptions"),
         (request(&|r| r.stdout = "/run/fifo".into()), "stdout \"/run/fifo\""),
         (request(&|r| r.bundle = "/etc".into()), "bundle \"/etc\""),
-        (create_request("bounds", &huge, &Stdio::default(), Vec::new()), "the limit is 2097152"),
+        (create_request("bounds", &huge, &Stdio::default(), Vec::new()), "the limit is 3145728"),
         (request(&|r| r.rootfs = vec![Mount::default(); 300]), "the limit is 256"),
     ];
     for (request, expected) in cases {
