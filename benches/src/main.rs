@@ -79,25 +79,15 @@ enum Measure {
     Boot {
         #[arg(long)]
         kernel: PathBuf,
-        #[arg(long)]
-        initrd: PathBuf,
-        #[arg(long)]
-        rounds: usize,
-        /// Seconds that a guest may take
-        #[arg(long)]
-        limit: u16,
+        #[command(flatten)]
+        boots: Boots,
     },
     /// Boot times of kernels in QEMU microvm
     Kernels {
         #[arg(long)]
         kernel: Vec<PathBuf>,
-        #[arg(long)]
-        initrd: PathBuf,
-        #[arg(long)]
-        rounds: usize,
-        /// Seconds that a guest may take
-        #[arg(long)]
-        limit: u16,
+        #[command(flatten)]
+        boots: Boots,
     },
     /// Memory of monitors and guests
     Memory {
@@ -119,6 +109,18 @@ enum Measure {
     },
 }
 
+/// How boots are measured.
+#[derive(Args)]
+struct Boots {
+    #[arg(long)]
+    initrd: PathBuf,
+    #[arg(long)]
+    rounds: usize,
+    /// Seconds that a guest may take
+    #[arg(long)]
+    limit: u16,
+}
+
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
     let result = match arguments.action {
@@ -138,17 +140,17 @@ fn main() -> ExitCode {
 fn take_samples(measure: Measure) -> Result<()> {
     let mut samples = Samples::new();
     match measure {
-        Measure::Boot { kernel, initrd, rounds, limit } => {
+        Measure::Boot { kernel, boots } => {
             let contender = |vmm: Vmm| Contender { name: vmm.name().to_owned(), vmm, kernel: &kernel };
             let contenders = [Vmm::Dragonball, Vmm::Microvm].map(contender);
-            samples.extend(boot::measure(&contenders, &initrd, rounds, limit)?);
+            samples.extend(boot::measure(&contenders, &boots.initrd, boots.rounds, boots.limit)?);
         }
-        Measure::Kernels { kernel, initrd, rounds, limit } => {
+        Measure::Kernels { kernel, boots } => {
             let mut contenders = Vec::new();
             for (number, kernel) in kernel.iter().enumerate() {
                 contenders.push(Contender { name: format!("kernel {number}"), vmm: Vmm::Microvm, kernel });
             }
-            samples.extend(boot::measure(&contenders, &initrd, rounds, limit)?);
+            samples.extend(boot::measure(&contenders, &boots.initrd, boots.rounds, boots.limit)?);
         }
         Measure::Memory { kernel, initrd, image, rounds } => {
             memory::without_huge_pages()?;
