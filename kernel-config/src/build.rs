@@ -7,11 +7,12 @@ use std::process::Command;
 
 use cache::{Cache, Key};
 use serde::{Deserialize, Serialize};
+use tool::io;
 
 use crate::dotconfig::{DotConfig, Refusal, refusals, write_requests};
 use crate::fragment::{self, Request};
 use crate::image;
-use crate::make::{Kbuild, checked, compiled};
+use crate::make::{Kbuild, compiled};
 use crate::profile::{Profile, Start};
 use crate::source::{self, Source};
 
@@ -41,35 +42,18 @@ pub enum Error {
     /// Debian's archive could not be read.
     #[error(transparent)]
     Debian(#[from] debian::Error),
-    /// A file operation failed.
-    #[error("Cannot {action} {path}")]
-    Io {
-        /// What was being done.
-        action: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// The operating system's answer.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A program could not be started.
-    #[error("Cannot run {program}; is it installed?")]
-    Start {
-        /// Its name.
-        program: String,
-        /// The operating system's answer.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A program failed.
-    #[error("{program} failed{}:\n{output}", log.as_ref().map(|path| format!(" (all of its output: {})", path.display())).unwrap_or_default())]
-    Failed {
-        /// Its name and targets.
-        program: String,
+    /// A file operation or a program failed.
+    #[error(transparent)]
+    Tool(#[from] tool::Error),
+    /// The kernel's own build failed.
+    #[error("make {targets} failed (all of its output: {log}):\n{output}")]
+    Make {
+        /// What was to be made.
+        targets: String,
         /// The end of what it wrote.
         output: String,
         /// Where the whole output is.
-        log: Option<PathBuf>,
+        log: PathBuf,
     },
     /// Programs that the build needs are not installed.
     #[error("The kernel's build needs programs that are not here; apt-get install {0}")]
@@ -113,13 +97,6 @@ pub enum Error {
         #[source]
         source: serde_json::Error,
     },
-}
-
-impl Error {
-    pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Self {
-        let path = path.to_owned();
-        move |source| Self::Io { action, path, source }
-    }
 }
 
 fn list(refusals: &[Refusal]) -> String {
@@ -184,8 +161,8 @@ impl Builder<'_> {
             profile.requests()?.into_iter().map(|(symbol, origin)| (symbol, origin.request)).collect();
         require_tools()?;
         let source = source::fetch(self.cache, &|what| progress.step(what))?;
-        let compiler = first_line(&checked(Command::new("gcc").arg("--version"))?);
-        let linker = first_line(&checked(Command::new("ld").arg("--version"))?);
+        let compiler = first_line(&tool::run("gcc", Command::new("gcc").arg("--version"))?);
+        let linker = first_line(&tool::run("ld", Command::new("ld").arg("--version"))?);
         let key = Key::new(FORMAT)
             .with("profile", profile.name().as_bytes())
             .with("requests", write_requests(&requests).as_bytes())
@@ -220,13 +197,13 @@ impl Build<'_> {
         let objects = match self.builder.build_tree {
             Some(kept) => kept,
             None => {
-                temporary = tempfile::tempdir_in(root).map_err(Error::io("create a build directory in", root))?;
+                temporary = tempfile::tempdir_in(root).map_err(io("create a build directory in", root))?;
                 temporary.path()
             }
         };
-        fs::create_dir_all(objects).map_err(Error::io("create", objects))?;
+        fs::create_dir_all(objects).map_err(io("create", objects))?;
         let log = root.join(kind(self.profile)).join("build.log");
-        fs::write(&log, "").map_err(Error::io("write the build log", &log))?;
+        fs::write(&log, "").map_err(io("write the build log", &log))?;
         let kbuild = Kbuild { source: &self.source.tree, objects, jobs: self.builder.jobs, log };
         self.configure(&kbuild)?;
         self.compile(&kbuild)?;
@@ -237,7 +214,7 @@ impl Build<'_> {
         self.progress.step("Configuring");
         let requests = write_requests(&self.requests);
         let path = kbuild.objects.join("requests.config");
-        fs::write(&path, &requests).map_err(Error::io("write", &path))?;
+        fs::write(&path, &requests).map_err(io("write", &path))?;
         let dotconfig = kbuild.objects.join(".config");
         match self.profile.start() {
             Start::AllOff => {
@@ -246,12 +223,12 @@ impl Build<'_> {
             }
             Start::Tiny => {
                 kbuild.run(&["tinyconfig"], &mut |_| ())?;
-                let tiny = fs::read_to_string(&dotconfig).map_err(Error::io("read", &dotconfig))?;
-                fs::write(&dotconfig, tiny + &requests).map_err(Error::io("write", &dotconfig))?;
+                let tiny = fs::read_to_string(&dotconfig).map_err(io("read", &dotconfig))?;
+                fs::write(&dotconfig, tiny + &requests).map_err(io("write", &dotconfig))?;
                 kbuild.run(&["olddefconfig"], &mut |_| ())?;
             }
         }
-        let text = fs::read_to_string(&dotconfig).map_err(Error::io("read", &dotconfig))?;
+        let text = fs::read_to_string(&dotconfig).map_err(io("read", &dotconfig))?;
         let refusals = refusals(&self.requests, &DotConfig::parse(&text));
         if refusals.is_empty() { Ok(()) } else { Err(Error::Refused { profile: self.profile.name(), refusals }) }
     }
@@ -275,28 +252,28 @@ impl Build<'_> {
         let vmlinux = result.join("vmlinux");
         let linked = kbuild.objects.join("vmlinux");
         if self.profile == Profile::Reference {
-            checked(Command::new("strip").arg("-o").arg(&vmlinux).arg(&linked))?;
+            tool::run("strip", Command::new("strip").arg("-o").arg(&vmlinux).arg(&linked))?;
         } else {
-            let file = fs::read(&linked).map_err(Error::io("read", &linked))?;
+            let file = fs::read(&linked).map_err(io("read", &linked))?;
             let packed = image::pack(&file).map_err(|source| Error::Image { path: linked, source })?;
-            fs::write(&vmlinux, packed).map_err(Error::io("write", &vmlinux))?;
+            fs::write(&vmlinux, packed).map_err(io("write", &vmlinux))?;
         }
         for (from, to) in [(".config", "config"), ("System.map", "System.map")] {
             let from = kbuild.objects.join(from);
-            fs::copy(&from, result.join(to)).map_err(Error::io("copy", &from))?;
+            fs::copy(&from, result.join(to)).map_err(io("copy", &from))?;
         }
         if self.has_modules() {
             let root = format!("INSTALL_MOD_PATH={}", result.display());
             kbuild.run(&[&root, "INSTALL_MOD_STRIP=1", "modules_install"], &mut |_| ())?;
         }
-        let size = fs::metadata(&vmlinux).map_err(Error::io("read", &vmlinux))?.len();
+        let size = fs::metadata(&vmlinux).map_err(io("read", &vmlinux))?.len();
         if let Some(limit) = self.profile.size_limit().filter(|limit| size > *limit) {
             return Err(Error::TooLarge { profile: self.profile.name(), size, limit });
         }
-        let release = checked(&mut kbuild.command(&["-s", "kernelrelease"]))?;
+        let release = tool::run("make kernelrelease", &mut kbuild.command(&["-s", "kernelrelease"]))?;
         let manifest = Manifest {
             profile: self.profile.name().to_owned(),
-            release: release.trim().to_owned(),
+            release: first_line(&release),
             source: self.source.version.clone(),
             compiler: self.compiler.clone(),
             vmlinux_bytes: size,
@@ -305,18 +282,19 @@ impl Build<'_> {
         let path = result.join("manifest.json");
         let text =
             serde_json::to_string_pretty(&manifest).map_err(|source| Error::Manifest { path: path.clone(), source })?;
-        fs::write(&path, text).map_err(Error::io("write", &path))
+        fs::write(&path, text).map_err(io("write", &path))?;
+        Ok(())
     }
 }
 
 fn read_manifest(directory: &Path) -> Result<Manifest, Error> {
     let path = directory.join("manifest.json");
-    let text = fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+    let text = fs::read_to_string(&path).map_err(io("read", &path))?;
     serde_json::from_str(&text).map_err(|source| Error::Manifest { path, source })
 }
 
-fn first_line(text: &str) -> String {
-    text.lines().next().unwrap_or_default().to_owned()
+fn first_line(text: &[u8]) -> String {
+    String::from_utf8_lossy(text).lines().next().unwrap_or_default().to_owned()
 }
 
 fn require_tools() -> Result<(), Error> {

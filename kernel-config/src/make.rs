@@ -1,9 +1,11 @@
-//! Runs the kernel's own build system (kbuild) and other programs.
+//! Runs the kernel's own build system (kbuild).
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::Command;
+
+use tool::io;
 
 use crate::build::Error;
 
@@ -19,22 +21,8 @@ const FIXED: &[(&str, &str)] = &[
     ("LC_ALL", "C"),
     ("TZ", "UTC"),
 ];
-/// How much of a failed program's output goes into the error, in lines.
+/// How much of a failed build's output goes into the error, in lines.
 const TAIL: usize = 25;
-
-/// Runs a program to its end.
-///
-/// # Errors
-/// [`Error::Start`] and [`Error::Failed`] with the end of what it wrote.
-pub(crate) fn checked(command: &mut Command) -> Result<String, Error> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().map_err(|source| Error::Start { program: program.clone(), source })?;
-    if output.status.success() {
-        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
-    }
-    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
-    Err(Error::Failed { program, output: tail(stderr.lines()), log: None })
-}
 
 fn tail<'a>(lines: impl DoubleEndedIterator<Item = &'a str>) -> String {
     let mut last: Vec<&str> = lines.rev().take(TAIL).collect();
@@ -75,31 +63,27 @@ impl Kbuild<'_> {
     /// Runs make, writes all its output to the log and calls `step` with each line of it.
     ///
     /// # Errors
-    /// [`Error::Start`], [`Error::Io`] on the log, [`Error::Failed`] with the log's end.
+    /// [`Error::Tool`] when make or the log fails, [`Error::Make`] with the log's end.
     pub(crate) fn run(&self, targets: &[&str], step: &mut dyn FnMut(&str)) -> Result<(), Error> {
-        let start = |source| Error::Start { program: "make".to_owned(), source };
-        let mut log = File::options()
-            .append(true)
-            .create(true)
-            .open(&self.log)
-            .map_err(Error::io("write the build log", &self.log))?;
-        let (reader, writer) = std::io::pipe().map_err(start)?;
+        let start = || tool::start("make");
+        let mut log =
+            File::options().append(true).create(true).open(&self.log).map_err(io("write the build log", &self.log))?;
+        let (reader, writer) = std::io::pipe().map_err(start())?;
         let mut command = self.command(targets);
-        command.stdout(writer.try_clone().map_err(start)?).stderr(writer);
-        let mut child = command.spawn().map_err(start)?;
+        command.stdout(writer.try_clone().map_err(start())?).stderr(writer);
+        let mut child = command.spawn().map_err(start())?;
         // The command holds the pipe's writing end: without this the reader would never see its end.
         drop(command);
         for line in BufReader::new(reader).lines() {
-            let line = line.map_err(Error::io("read make's output for", &self.log))?;
-            writeln!(log, "{line}").map_err(Error::io("write the build log", &self.log))?;
+            let line = line.map_err(io("read make's output for", &self.log))?;
+            writeln!(log, "{line}").map_err(io("write the build log", &self.log))?;
             step(&line);
         }
-        if child.wait().map_err(start)?.success() {
+        if child.wait().map_err(start())?.success() {
             return Ok(());
         }
-        let text = std::fs::read_to_string(&self.log).map_err(Error::io("read", &self.log))?;
-        let program = format!("make {}", targets.join(" "));
-        Err(Error::Failed { program, output: tail(text.lines()), log: Some(self.log.clone()) })
+        let text = std::fs::read_to_string(&self.log).map_err(io("read", &self.log))?;
+        Err(Error::Make { targets: targets.join(" "), output: tail(text.lines()), log: self.log.clone() })
     }
 }
 
@@ -120,13 +104,5 @@ mod tests {
         assert_eq!(compiled("  CC [M]  drivers/uio/uio.o"), Some("drivers/uio/uio.o"));
         assert_eq!(compiled("  LD      vmlinux"), None);
         assert_eq!(compiled("make[1]: Entering directory"), None);
-    }
-
-    #[test]
-    fn a_program_that_fails_or_is_missing_is_named_with_its_last_words() {
-        let failed = checked(Command::new("sh").args(["-c", "echo it broke >&2; exit 3"])).unwrap_err();
-        assert!(failed.to_string().contains("it broke"), "{failed}");
-        let missing = checked(&mut Command::new("no-such-program")).unwrap_err();
-        assert!(missing.to_string().contains("no-such-program"), "{missing}");
     }
 }

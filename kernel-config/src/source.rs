@@ -5,9 +5,9 @@ use std::process::Command;
 
 use cache::{Cache, Key};
 use debian::Suite;
+use tool::io;
 
 use crate::build::Error;
-use crate::make::checked;
 
 /// The suite whose kernel it is.
 const SUITE: &str = "trixie";
@@ -45,10 +45,11 @@ fn unpack(deb: &Path, entry: &Path) -> Result<(), Error> {
     let package = entry.join("package");
     let tree = entry.join("linux");
     for dir in [&package, &tree] {
-        std::fs::create_dir(dir).map_err(Error::io("create", dir))?;
+        std::fs::create_dir(dir).map_err(io("create", dir))?;
     }
     debian::unpack(deb, &package)?;
     let tarball = package.join(format!("usr/src/{PACKAGE}.tar.xz"));
-    checked(Command::new("tar").arg("-xJf").arg(&tarball).args(["--strip-components=1", "-C"]).arg(&tree))?;
-    std::fs::remove_dir_all(&package).map_err(Error::io("remove", &package))
+    tool::run("tar", Command::new("tar").arg("-xJf").arg(&tarball).args(["--strip-components=1", "-C"]).arg(&tree))?;
+    std::fs::remove_dir_all(&package).map_err(io("remove", &package))?;
+    Ok(())
 }

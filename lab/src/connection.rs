@@ -7,8 +7,9 @@ use std::os::unix::net::UnixStream;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use lab_guest::wire::{Decoder, Frame, Kind, PADDING, Refusal};
+use tool::io;
 
-use crate::error::{Error, io};
+use crate::error::Error;
 use crate::qemu::PORTS;
 use crate::rundir::RunDir;
 
@@ -118,7 +119,7 @@ fn free_port(dir: &RunDir) -> Result<(usize, File), Error> {
         match File::options().create(true).truncate(false).write(true).open(&path) {
             Ok(file) => Ok(file),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => Err(Error::NotRunning(dir.name().to_owned())),
-            Err(error) => Err(io("open", &path)(error)),
+            Err(error) => Err(io("open", &path)(error).into()),
         }
     };
     for index in 0..PORTS {

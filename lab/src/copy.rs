@@ -4,9 +4,10 @@ use std::fs;
 use std::io::{self, PipeReader, Read, Write};
 use std::path::{Component, Path, PathBuf};
 use std::thread::JoinHandle;
+use tool::io as io_error;
 
 use crate::command::{Command, Event, Input};
-use crate::error::{Error, io as io_error};
+use crate::error::Error;
 use crate::machine::Machine;
 
 impl Machine {
@@ -31,7 +32,8 @@ impl Machine {
         // The unpacker's reason comes first: when it stops, the packer only sees a broken pipe.
         let output = output.check()?;
         drop(output);
-        join(packer).map_err(io_error("read", source))
+        join(packer).map_err(io_error("read", source))?;
+        Ok(())
     }
 
     /// Copies a file or directory from the machine: it becomes `target` here, or comes into `target` when that ends
@@ -58,7 +60,8 @@ impl Machine {
             return Err(Error::Command { command: command.to_string(), code: status.code(), stderr });
         }
         // The unpacker's own reason, if it has one, is why it stopped reading.
-        unpacked.and(written).map_err(io_error("write", &target))
+        unpacked.and(written).map_err(io_error("write", &target))?;
+        Ok(())
     }
 }
 

@@ -1,6 +1,6 @@
 //! Why the lab could not do what was asked.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use lab_guest::wire::WireError;
@@ -14,36 +14,9 @@ pub enum Error {
     /// Debian packages could not be had.
     #[error(transparent)]
     Debian(#[from] debian::Error),
-    /// A file operation failed.
-    #[error("Cannot {action} {path}")]
-    Io {
-        /// What was being done.
-        action: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// The operating system's answer.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A program could not be started.
-    #[error("Cannot run {program}")]
-    Start {
-        /// Its name.
-        program: String,
-        /// The operating system's answer.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A program failed.
-    #[error("{program} failed ({status}): {stderr}")]
-    Failed {
-        /// Its name.
-        program: String,
-        /// How it ended.
-        status: String,
-        /// The end of what it wrote to standard error.
-        stderr: String,
-    },
+    /// A file operation or a program failed.
+    #[error(transparent)]
+    Tool(#[from] tool::Error),
     /// A file does not hold what it should.
     #[error("{path} {problem}")]
     Format {
@@ -120,17 +93,4 @@ pub enum Error {
         /// What it wrote to standard error.
         stderr: String,
     },
-}
-
-/// Makes an [`Error::Io`].
-pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::Io { action, path, source }
-}
-
-/// The last `limit` bytes or so of a text, from a character's start.
-pub(crate) fn tail(text: &str, limit: usize) -> &str {
-    let start = text.len().saturating_sub(limit);
-    let start = (start..=text.len()).find(|at| text.is_char_boundary(*at)).unwrap_or(text.len());
-    text[start..].trim()
 }

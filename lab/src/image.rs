@@ -9,12 +9,13 @@ use std::process::Command;
 
 use cache::{Cache, Key};
 use debian::Suite;
+use tool::{io, run};
 
-use crate::error::{Error, io};
+use crate::error::Error;
 use crate::initrd::Archive;
 use crate::kernel::extract_vmlinux;
 use crate::progress::Progress;
-use crate::tools::{SUITE, Tools, create_dir, run, unpack_all};
+use crate::tools::{SUITE, Tools, create_dir, unpack_all};
 
 /// Packages of the machine, of [`SUITE`].
 const PACKAGES: &[&str] = &[
@@ -152,7 +153,7 @@ fn build_system(cache: &Cache, tools: &Tools, dir: &Path) -> Result<(), Error> {
     collect_boot_files(&root, &version, dir)?;
     tidy(&root)?;
     make_disk(tools, &root, &dir.join("disk.img"))?;
-    fs::remove_dir_all(&root).map_err(io("remove", &root))
+    Ok(fs::remove_dir_all(&root).map_err(io("remove", &root))?)
 }
 
 /// Fetches and unpacks all packages; answers their list with versions.
@@ -198,7 +199,7 @@ fn unpack_programs(deb: &Path, place: &Path) -> Result<(), Error> {
             fs::rename(entry.path(), place.join(entry.file_name())).map_err(io("move", &entry.path()))?;
         }
     }
-    fs::remove_dir_all(&whole).map_err(io("remove", &whole))
+    Ok(fs::remove_dir_all(&whole).map_err(io("remove", &whole))?)
 }
 
 /// Unpacks the kernel's modules (emulated CPUs are slow at it) and lists their dependencies.
@@ -407,15 +408,15 @@ fn kernel_image(root: &Path) -> Result<PathBuf, Error> {
 }
 
 fn read(path: &Path) -> Result<Vec<u8>, Error> {
-    fs::read(path).map_err(io("read", path))
+    Ok(fs::read(path).map_err(io("read", path))?)
 }
 
 fn write(path: &Path, content: &[u8]) -> Result<(), Error> {
-    fs::write(path, content).map_err(io("write", path))
+    Ok(fs::write(path, content).map_err(io("write", path))?)
 }
 
 fn copy(from: &Path, to: &Path) -> Result<(), Error> {
-    fs::copy(from, to).map(drop).map_err(io("copy", from))
+    Ok(fs::copy(from, to).map(drop).map_err(io("copy", from))?)
 }
 
 #[cfg(test)]

@@ -5,8 +5,9 @@
 use std::fs::{self, File};
 use std::path::Path;
 use std::process::Stdio;
+use tool::io;
 
-use crate::error::{Error, io};
+use crate::error::Error;
 use crate::tools::Tools;
 
 const SETUP_SECTS: usize = 0x1f1;
@@ -32,9 +33,7 @@ pub(crate) fn extract_vmlinux(tools: &Tools, image: &Path, target: &Path) -> Res
     let input = File::open(&compressed).map_err(io("open", &compressed))?;
     let output = File::create(target).map_err(io("create", target))?;
     let child = tools.command(program).arg("-dc").stdin(input).stdout(output).stderr(Stdio::piped()).spawn();
-    let result = child
-        .and_then(std::process::Child::wait_with_output)
-        .map_err(|source| Error::Start { program: program.to_owned(), source })?;
+    let result = child.and_then(std::process::Child::wait_with_output).map_err(tool::start(program))?;
     fs::remove_file(&compressed).map_err(io("remove", &compressed))?;
     let start = fs::read(target).map_err(io("read", target))?;
     if !result.status.success() || !start.starts_with(b"\x7fELF") {

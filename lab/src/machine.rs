@@ -11,10 +11,11 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use tool::{io, tail};
 
 use crate::command::{Command, Event, Input, Output, Process};
 use crate::connection::Connection;
-use crate::error::{Error, io, tail};
+use crate::error::Error;
 use crate::qemu::{Descriptors, End, Plan, Start};
 use crate::qmp::Qmp;
 use crate::rundir::{self, RunDir};
@@ -207,7 +208,7 @@ impl Machine {
     pub fn pause(&self) -> Result<(), Error> {
         self.qmp()?.execute("stop", &json!({}))?;
         let mark = self.dir.paused();
-        fs::write(&mark, "").map_err(io("write", &mark))
+        Ok(fs::write(&mark, "").map_err(io("write", &mark))?)
     }
 
     /// Lets a paused machine go on.
@@ -218,7 +219,7 @@ impl Machine {
         self.qmp()?.execute("cont", &json!({}))?;
         let mark = self.dir.paused();
         match fs::remove_file(&mark) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", &mark)(error)),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", &mark)(error).into()),
             _ => Ok(()),
         }
     }

@@ -6,16 +6,17 @@ use std::time::Duration;
 
 use cache::{Cache, Key};
 use serde_json::json;
+use tool::{io, run};
 
 use crate::command::{Command, Input};
-use crate::error::{Error, io};
+use crate::error::Error;
 use crate::image::{Initrd, System};
 use crate::machine::Machine;
 use crate::progress::Progress;
 use crate::qemu::{End, PORTS, Parts, Plan, Start, arguments};
 use crate::rundir::RunDir;
 use crate::snapshot::Snapshot;
-use crate::tools::{Tools, run};
+use crate::tools::Tools;
 
 /// How long a machine may take from QEMU's start to containerd's readiness.
 const BOOT_LIMIT: Duration = Duration::from_secs(300);
@@ -100,7 +101,7 @@ fn pin(cache: &Cache) -> Result<String, Error> {
     match fs::read_to_string(&path) {
         Ok(pin) => Ok(pin),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
-        Err(error) => Err(io("read", &path)(error)),
+        Err(error) => Err(io("read", &path)(error).into()),
     }
 }
 
@@ -109,7 +110,7 @@ pub(crate) fn update_pin(cache: &Cache) -> Result<(), Error> {
     let path = pin_path(cache);
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
     fs::create_dir_all(cache.root()).map_err(io("create", cache.root()))?;
-    fs::write(&path, now.as_secs().to_string()).map_err(io("write", &path))
+    Ok(fs::write(&path, now.as_secs().to_string()).map_err(io("write", &path))?)
 }
 
 fn key(snapshot: Snapshot, materials: &Materials) -> Key {
@@ -173,7 +174,8 @@ impl Prepared {
     pub(crate) fn create_disk(&self, base: &Path, base_format: &str) -> Result<(), Error> {
         let mut command = self.materials.tools.command("usr/bin/qemu-img");
         command.args(["create", "-q", "-f", "qcow2", "-F", base_format, "-b"]).arg(base).arg(self.disk());
-        run("qemu-img", &mut command).map(drop)
+        run("qemu-img", &mut command)?;
+        Ok(())
     }
 }
 

@@ -12,8 +12,9 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 use nix::sys::prctl::set_pdeathsig;
 use nix::sys::signal::Signal;
 use nix::unistd::setsid;
+use tool::io as io_error;
 
-use crate::error::{Error, io as io_error};
+use crate::error::Error;
 use crate::snapshot::Snapshot;
 use crate::tools::Tools;
 
@@ -172,7 +173,7 @@ impl Plan {
         command.args(arguments(self.snapshot, &self.parts, self.start, descriptors.qmp.as_raw_fd(), &ports));
         command.stdout(output.try_clone().map_err(io_error("open", log))?).stderr(output);
         prepare_child(&mut command, descriptors, self.end);
-        command.spawn().map_err(|source| Error::Start { program: "qemu-system-x86_64".to_owned(), source })
+        Ok(command.spawn().map_err(tool::start("qemu-system-x86_64"))?)
     }
 }
 

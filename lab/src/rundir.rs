@@ -8,8 +8,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use tool::io;
 
-use crate::error::{Error, io};
+use crate::error::Error;
 use crate::qemu::PORTS;
 
 /// The directory of one machine.
@@ -34,7 +35,7 @@ pub(crate) fn names() -> Result<Vec<String>, Error> {
     let entries = match fs::read_dir(&base) {
         Ok(entries) => entries,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(io("list", &base)(error)),
+        Err(error) => return Err(io("list", &base)(error).into()),
     };
     let mut names: Vec<_> =
         entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok()).filter(|name| valid(name)).collect();
@@ -145,7 +146,7 @@ impl RunDir {
     /// Removes the directory of a machine that has ended.
     pub(crate) fn remove(&self) -> Result<(), Error> {
         match fs::remove_dir_all(&self.path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", &self.path)(error)),
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", &self.path)(error).into()),
             _ => Ok(()),
         }
     }

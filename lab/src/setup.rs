@@ -7,16 +7,16 @@ use std::process;
 use std::time::SystemTime;
 
 use cache::{Cache, Key};
+use tool::{io, run};
 
 use crate::command::{Command, Input};
-use crate::error::{Error, io};
+use crate::error::Error;
 use crate::machine::Machine;
 use crate::prepare::{Prepared, prepare, save};
 use crate::progress::Progress;
 use crate::qemu::{End, Start};
 use crate::rundir::RunDir;
 use crate::snapshot::Snapshot;
-use crate::tools::run;
 
 /// Machines with a setup that are kept, the longest unused go first: each takes half a gigabyte.
 const KEPT: usize = 6;

@@ -8,8 +8,9 @@ use std::process::{Command, Stdio};
 
 use cache::{Cache, Key};
 use debian::Suite;
+use tool::io;
 
-use crate::error::{Error, io, tail};
+use crate::error::Error;
 use crate::progress::Progress;
 
 /// The suite that the tools and the machine come from.
@@ -75,18 +76,7 @@ pub(crate) fn unpack_all(what: &str, debs: &[PathBuf], root: &Path) -> Result<()
     Ok(())
 }
 
-/// Runs a command, called `program` in messages, to its end and answers its standard output.
-pub(crate) fn run(program: &str, command: &mut Command) -> Result<Vec<u8>, Error> {
-    let output = command.output().map_err(|source| Error::Start { program: program.to_owned(), source })?;
-    if output.status.success() {
-        return Ok(output.stdout);
-    }
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    let (status, stderr) = (output.status.to_string(), tail(&stderr, 2000).to_owned());
-    Err(Error::Failed { program: program.to_owned(), status, stderr })
-}
-
 /// Creates a directory and those above it.
 pub(crate) fn create_dir(path: &Path) -> Result<(), Error> {
-    std::fs::create_dir_all(path).map_err(io("create", path))
+    Ok(std::fs::create_dir_all(path).map_err(io("create", path))?)
 }

@@ -13,8 +13,9 @@ use oci_spec::image::{
 use serde::Serialize;
 use sha2::{Digest, Sha256};
 use std::str::FromStr;
+use tool::io;
 
-use crate::error::{Error, io};
+use crate::error::Error;
 use crate::guest_image::hex;
 use crate::layer::Layer;
 

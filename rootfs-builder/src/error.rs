@@ -1,6 +1,6 @@
 //! Why an image could not be built.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 /// Why an image could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -11,16 +11,9 @@ pub enum Error {
     /// A Debian package could not be had or unpacked.
     #[error(transparent)]
     Debian(#[from] debian::Error),
-    /// A file operation failed.
-    #[error("Cannot {action} {path}: {source}")]
-    Io {
-        /// What was being done.
-        action: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// The operating system's answer.
-        source: std::io::Error,
-    },
+    /// A file operation or a program failed.
+    #[error(transparent)]
+    Tool(#[from] tool::Error),
     /// The guest agent cannot be PID 1 of an image that holds nothing else.
     #[error("{path} cannot be the guest agent: {reason}. Build it with RUSTFLAGS='-C target-feature=+crt-static'")]
     Agent {
@@ -37,23 +30,13 @@ pub enum Error {
         /// Bytes that it may have.
         limit: u64,
     },
-    /// A program could not be started.
-    #[error("Cannot run {program}: {source}. Install the package {package}")]
-    Start {
+    /// A package does not hold what an image needs of it.
+    #[error("The package {package} holds no {file}")]
+    Package {
         /// Its name.
-        program: &'static str,
-        /// The Debian package that holds it.
         package: &'static str,
-        /// The operating system's answer.
-        source: std::io::Error,
-    },
-    /// A program failed.
-    #[error("{program} failed: {stderr}")]
-    Failed {
-        /// Its name.
-        program: &'static str,
-        /// What it wrote to standard error.
-        stderr: String,
+        /// What is missing.
+        file: &'static str,
     },
     /// An image name is not one that containerd accepts.
     #[error("'{name}' is no image name: give registry/repository:tag, such as docker.io/library/busybox:latest")]
@@ -64,10 +47,4 @@ pub enum Error {
     /// The description of an image could not be put together.
     #[error("Cannot describe the image")]
     Describe(#[from] oci_spec::OciSpecError),
-}
-
-/// Turns an operating system's error into [`Error::Io`].
-pub(crate) fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::Io { action, path, source }
 }

@@ -11,8 +11,9 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use sha2::{Digest, Sha256};
+use tool::io;
 
-use crate::error::{Error, io};
+use crate::error::Error;
 
 /// Largest guest image, in bytes.
 pub const MAX_SIZE: u64 = 12 << 20;
@@ -122,18 +123,11 @@ fn lay_out(tree: &Path, agent: &[u8]) -> Result<(), Error> {
 }
 
 fn make_erofs(tree: &Path, image: &Path, uuid: &str) -> Result<(), Error> {
-    let program = "mkfs.erofs";
-    let output = Command::new(program)
-        // No extended attributes, one time and one owner for all files: nothing of the builder's machine.
-        .args(["-x-1", "-T0", "--all-root", "-Enoinline_data,force-inode-compact", "-U", uuid])
-        .arg(image)
-        .arg(tree)
-        .output()
-        .map_err(|source| Error::Start { program, package: "erofs-utils", source })?;
-    if output.status.success() {
-        return Ok(());
-    }
-    Err(Error::Failed { program, stderr: String::from_utf8_lossy(&output.stderr).into_owned() })
+    let mut command = Command::new("mkfs.erofs");
+    // No extended attributes, one time and one owner for all files: nothing of the builder's machine.
+    command.args(["-x-1", "-T0", "--all-root", "-Enoinline_data,force-inode-compact", "-U", uuid]).arg(image).arg(tree);
+    tool::run("mkfs.erofs (package erofs-utils)", &mut command)?;
+    Ok(())
 }
 
 fn pad(image: &Path) -> Result<u64, Error> {

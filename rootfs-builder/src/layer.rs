@@ -13,8 +13,9 @@ use flate2::Compression;
 use flate2::write::GzEncoder;
 use sha2::{Digest, Sha256};
 use tar::{EntryType, Header};
+use tool::io;
 
-use crate::error::{Error, io};
+use crate::error::Error;
 use crate::guest_image::hex;
 
 /// User and group numbers of one path; everything below a directory is its own entry.
@@ -91,7 +92,7 @@ impl Packer<'_> {
             let what = if kind.is_socket() { "a socket" } else { "a device or pipe" };
             Err(std::io::Error::other(format!("{what} cannot be part of a layer")))
         };
-        result.map_err(io("pack", path))
+        Ok(result.map_err(io("pack", path))?)
     }
 
     /// Another name of the same file that is in the archive already.

@@ -10,9 +10,10 @@ use std::process::Command;
 
 use cache::{Cache, Key};
 use debian::Suite;
+use tool::io;
 
 use crate::archive::{self, Start};
-use crate::error::{Error, io};
+use crate::error::Error;
 use crate::layer::{self, Owners};
 use crate::progress::Progress;
 
@@ -116,7 +117,8 @@ pub fn build(image: Image, name: &str, output: &Path, cache: &Cache, progress: &
     if let Some(parent) = output.parent() {
         fs::create_dir_all(parent).map_err(io("create", parent))?;
     }
-    fs::copy(entry.join("image.tar"), output).map_err(io("write", output)).map(drop)
+    fs::copy(entry.join("image.tar"), output).map_err(io("write", output))?;
+    Ok(())
 }
 
 /// Packages that only install or configure others, and what only they need.
@@ -146,10 +148,9 @@ fn busybox(root: &Path, packages: &[PathBuf]) -> Result<Owners, Error> {
         debian::unpack(package, root)?;
     }
     let shipped = [root.join("usr/bin/busybox"), root.join("bin/busybox")].into_iter().find(|path| path.is_file());
-    let binary = shipped.and_then(|path| fs::read(&path).ok()).ok_or_else(|| Error::Failed {
-        program: "busybox",
-        stderr: "busybox-static holds no /usr/bin/busybox".into(),
-    })?;
+    let binary = shipped
+        .and_then(|path| fs::read(&path).ok())
+        .ok_or(Error::Package { package: "busybox-static", file: "/usr/bin/busybox" })?;
     fs::remove_dir_all(root.join("usr")).map_err(io("remove", &root.join("usr")))?;
     for name in ["bin", "etc", "proc", "sys", "dev", "root", "home", "var", "usr", "run"] {
         directory(root, name, 0o755)?;
@@ -299,15 +300,7 @@ fn links_of_alternatives(root: &Path) -> Result<(), Error> {
 
 /// `ldconfig` for the tree: the loader finds libraries by one file instead of a search.
 fn loader_cache(root: &Path) -> Result<(), Error> {
-    let program = "/sbin/ldconfig";
-    let output = Command::new(program).args(["-X", "-r"]).arg(root).output().map_err(|source| Error::Start {
-        program,
-        package: "libc-bin",
-        source,
-    })?;
-    if !output.status.success() {
-        return Err(Error::Failed { program, stderr: String::from_utf8_lossy(&output.stderr).into_owned() });
-    }
+    tool::run("ldconfig (package libc-bin)", Command::new("/sbin/ldconfig").args(["-X", "-r"]).arg(root))?;
     // It remembers inodes and times of the machine that builds.
     let auxiliary = root.join("var/cache/ldconfig");
     if auxiliary.is_dir() {
@@ -320,14 +313,16 @@ fn directory(root: &Path, name: &str, mode: u32) -> Result<(), Error> {
     let path = root.join(name);
     fs::create_dir_all(&path)
         .and_then(|()| fs::set_permissions(&path, Permissions::from_mode(mode)))
-        .map_err(io("create", &path))
+        .map_err(io("create", &path))?;
+    Ok(())
 }
 
 fn file(root: &Path, name: &str, content: &[u8], mode: u32) -> Result<(), Error> {
     let path = root.join(name);
     fs::write(&path, content)
         .and_then(|()| fs::set_permissions(&path, Permissions::from_mode(mode)))
-        .map_err(io("write", &path))
+        .map_err(io("write", &path))?;
+    Ok(())
 }
 
 fn link(root: &Path, name: &str, target: &str) -> Result<(), Error> {
@@ -335,5 +330,5 @@ fn link(root: &Path, name: &str, target: &str) -> Result<(), Error> {
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent).map_err(io("create", parent))?;
     }
-    symlink(target, &path).map_err(io("link", &path))
+    Ok(symlink(target, &path).map_err(io("link", &path))?)
 }

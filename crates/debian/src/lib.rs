@@ -13,60 +13,35 @@ use cache::{Cache, Key};
 
 const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
+use tool::io;
+
 /// Why packages could not be had.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The cache failed.
     #[error(transparent)]
     Cache(#[from] cache::Error),
-    /// A file operation failed.
-    #[error("Cannot {action} {path}")]
-    Io {
-        /// What was being done.
-        action: &'static str,
-        /// On which path.
-        path: PathBuf,
-        /// The operating system's answer.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A program could not be started.
-    #[error("Cannot run {program}; is it installed?")]
-    Start {
+    /// A file operation or a program failed.
+    #[error(transparent)]
+    Tool(#[from] tool::Error),
+    /// apt said that it downloaded a package, and did not.
+    #[error("apt-get download {package} left no {package}_*.deb in {archives}")]
+    NotDownloaded {
         /// Its name.
-        program: String,
-        /// The operating system's answer.
-        #[source]
-        source: std::io::Error,
-    },
-    /// A program failed.
-    #[error("{program} failed: {stderr}")]
-    Failed {
-        /// Its name and arguments.
-        program: String,
-        /// The end of what it wrote to standard error.
-        stderr: String,
+        package: String,
+        /// Where it should be.
+        archives: PathBuf,
     },
     /// The machine's apt knows no Debian mirror.
     #[error("apt on this machine names no Debian mirror; add one to /etc/apt/sources.list.d")]
     NoMirror,
 }
 
-fn io(action: &'static str, path: &Path) -> impl FnOnce(std::io::Error) -> Error {
-    let path = path.to_owned();
-    move |source| Error::Io { action, path, source }
-}
-
+/// Runs a command, called by all its words in messages.
 fn run(command: &mut Command) -> Result<Vec<u8>, Error> {
-    let program = command.get_program().to_string_lossy().into_owned();
-    let output = command.output().map_err(|source| Error::Start { program: program.clone(), source })?;
-    if output.status.success() {
-        return Ok(output.stdout);
-    }
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    let start = stderr.char_indices().rev().nth(2000).map_or(0, |(at, _)| at);
-    let arguments: Vec<_> = command.get_args().map(OsStr::to_string_lossy).collect();
-    Err(Error::Failed { program: format!("{program} {}", arguments.join(" ")), stderr: stderr[start..].to_owned() })
+    let words = std::iter::once(command.get_program()).chain(command.get_args()).map(OsStr::to_string_lossy);
+    let program = words.collect::<Vec<_>>().join(" ");
+    Ok(tool::run(&program, command)?)
 }
 
 /// The address of the Debian archive that this machine's apt uses.
@@ -221,10 +196,7 @@ fn newest(archives: &Path, package: &str) -> Result<PathBuf, Error> {
         })
         .collect();
     found.sort_by_key(|path| fs::metadata(path).and_then(|data| data.modified()).ok());
-    found.pop().ok_or_else(|| Error::Failed {
-        program: format!("apt-get download {package}"),
-        stderr: format!("no {prefix}*.deb in {}", archives.display()),
-    })
+    found.pop().ok_or_else(|| Error::NotDownloaded { package: package.to_owned(), archives: archives.to_owned() })
 }
 
 /// Unpacks the files of a `.deb` into `target`, without running its scripts.
