@@ -57,6 +57,7 @@ lint: deps
 	cargo clippy --locked --workspace --all-targets --profile $(PROFILE) -- -D warnings
 
 deny: ## Check licences, duplicates and sources of all crates (cargo-deny)
+	@cargo deny --version > /dev/null 2>&1 || cargo install --locked cargo-deny
 	cargo deny --locked check licenses bans sources
 
 unit: deps
@@ -74,7 +75,9 @@ bench: ## Measure what the project promises; report in target/bench
 	$(MAKE) dist images PROFILE=release DIST=$(CURDIR)/target/dist-release
 	cargo run --locked --profile release -p benches -- --dist target/dist-release --images $(IMAGES) --output target/bench
 
-fuzz: ## Fuzz the parsers that face the guest, FUZZ_SECONDS each
+fuzz: deps ## Fuzz the parsers that face the guest, FUZZ_SECONDS each (nightly Rust)
+	@cargo +nightly --version > /dev/null 2>&1 || rustup toolchain install --profile minimal nightly
+	@cargo fuzz --version > /dev/null 2>&1 || cargo install --locked cargo-fuzz
 	@for target in $$(cd dragonball && cargo +nightly fuzz list); do \
 	    echo "fuzz $$target"; \
 	    (cd dragonball && cargo +nightly fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS)) || exit 1; \
