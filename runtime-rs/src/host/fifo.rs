@@ -1,10 +1,15 @@
 //! containerd's stdio: FIFOs that are opened without ever waiting for the other side.
 
-use std::io::ErrorKind;
-use std::os::unix::fs::FileTypeExt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, ErrorKind};
+use std::os::fd::{AsFd, AsRawFd};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use tokio::net::unix::pipe;
+use tokio::sync::Notify;
 
 use crate::error::Error;
 
@@ -72,6 +77,61 @@ pub fn open_input(path: &Path) -> Result<Input, Error> {
     let reader = pipe::OpenOptions::new().open_receiver(path).map_err(explain(path.to_owned()))?;
     let keep_open = pipe::OpenOptions::new().open_sender(path).map_err(explain(path.to_owned()))?;
     Ok(Input { reader, keep_open })
+}
+
+/// Closes an output that has ended, as soon as its FIFO has a reader: what is left in it is the reader's then. Without a
+/// reader the last end to be closed takes it along, so a client that is late, or restarts, would get nothing.
+///
+/// `lonely` is told when there is no reader. Dropping this future closes the FIFO at once.
+///
+/// # Errors
+///
+/// When the FIFO cannot be opened again.
+pub async fn leave_to_reader(fifo: pipe::Sender, lonely: &Notify) -> io::Result<()> {
+    let writer = reopen(&fifo, OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK))?;
+    // It is open at both ends: only without it can a reader be told.
+    drop(fifo);
+    if has_reader(&writer)? {
+        return Ok(());
+    }
+    lonely.notify_one();
+    let wait = Wait { writer, reader: Arc::default() };
+    let (writer, reader) = (wait.writer.try_clone()?, Arc::clone(&wait.reader));
+    let open = move || {
+        // Opening a FIFO for writing waits for its reader (fifo(7)); nothing else tells of one.
+        let opened = reopen(&writer, OpenOptions::new().write(true));
+        drop(reader);
+        opened
+    };
+    tokio::task::spawn_blocking(open).await.map_err(io::Error::other)?.map(drop)
+}
+
+/// A thread that waits for a reader. Dropping this gives it one, which stays as long as the thread.
+struct Wait {
+    writer: File,
+    reader: Arc<OnceLock<File>>,
+}
+
+impl Drop for Wait {
+    fn drop(&mut self) {
+        match reopen(&self.writer, OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK)) {
+            // It was empty: nobody else fills it.
+            Ok(reader) => drop(self.reader.set(reader)),
+            Err(error) => tracing::warn!(%error, "a thread waits for the reader of a FIFO for ever"),
+        }
+    }
+}
+
+/// Opens what a descriptor stands for once more, even if its name is gone.
+fn reopen(fifo: &impl AsRawFd, options: &OpenOptions) -> io::Result<File> {
+    options.open(format!("/proc/self/fd/{}", fifo.as_raw_fd()))
+}
+
+/// Whether a FIFO that this process only writes to has a reader (poll(2): the writing end of one without is in error).
+fn has_reader(writer: &File) -> io::Result<bool> {
+    let mut fds = [PollFd::new(writer.as_fd(), PollFlags::empty())];
+    poll(&mut fds, PollTimeout::ZERO)?;
+    Ok(!fds[0].revents().is_some_and(|events| events.contains(PollFlags::POLLERR)))
 }
 
 fn fifo_path(name: &str) -> Result<PathBuf, Error> {

@@ -12,6 +12,7 @@ use protocols::STREAM_SCHEME;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
+use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
 use super::streams::{Opening, Streams};
@@ -47,6 +48,8 @@ struct Flow {
     written: AtomicU64,
     /// Whether bytes wait for the reader.
     writing: AtomicBool,
+    /// Told when the output has ended and nobody has come to read it.
+    lonely: Notify,
 }
 
 /// The moment of the first output byte, in nanoseconds of CLOCK_MONOTONIC; 0 before it.
@@ -177,8 +180,11 @@ async fn finish_output(flow: &Flow, mut pump: JoinHandle<()>) {
     let mut stalled = Duration::ZERO;
     loop {
         let before = flow.written.load(Ordering::Relaxed);
-        if tokio::time::timeout(QUIET_DEADLINE, &mut pump).await.is_ok() {
-            return;
+        tokio::select! {
+            _ = &mut pump => return,
+            // The client wants no more of it, or it would not delete the process.
+            () = flow.lonely.notified() => return pump.abort(),
+            () = tokio::time::sleep(QUIET_DEADLINE) => {}
         }
         let progressed = flow.written.load(Ordering::Relaxed) != before;
         stalled = if progressed { Duration::ZERO } else { stalled + QUIET_DEADLINE };
@@ -279,10 +285,12 @@ async fn pump_out(opening: Opening, mut output: Output, first: Arc<FirstByte>, f
     if let Err(error) = result {
         tracing::warn!(%error, "the output of a process ended early");
     }
-    if let Output::File(mut file) = output {
+    let closed = match output {
         // Its writes are queued; dropping it would lose the last one.
-        if let Err(error) = file.flush().await {
-            tracing::warn!(%error, "the output of a process was not written whole");
-        }
+        Output::File(mut file) => file.flush().await,
+        Output::Fifo(fifo) => fifo::leave_to_reader(fifo, &flow.lonely).await,
+    };
+    if let Err(error) = closed {
+        tracing::warn!(%error, "the output of a process was not written whole");
     }
 }

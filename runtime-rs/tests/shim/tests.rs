@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt as _;
 
 use libtest_mimic::Trial;
 use protocols::containerd::api::*;
@@ -23,6 +24,7 @@ pub(crate) fn all() -> Vec<Trial> {
         trial("input that ends before the process starts arrives whole, and ends", early_close),
         trial("signals end processes with 128 plus their number", signals),
         trial("execs have their own stdio, exits and deletes", execs),
+        trial("output without a reader waits for one, and goes with its process", late_readers),
         trial("requests in the wrong state are refused with containerd's codes", wrong_states),
         trial("a guest that ends or hangs early is reported as what it was", early_ends),
         trial("bad input is refused with its code and its remedy", bad_input),
@@ -221,6 +223,30 @@ async fn execs() {
         TASK_DELETE_EVENT_TOPIC,
     ])
     .await;
+    finish(&node, &task).await;
+}
+
+async fn late_readers() {
+    let node = Node::new().await;
+    let task = node.create("late", &["/bin/sleep", "600"], &Io::default()).await;
+    task.start("").await.unwrap();
+    for (exec_id, read) in [("read", true), ("unread", false)] {
+        let io = Io { stdout: node.fifo(exec_id), ..Io::default() };
+        task.exec(exec_id, &["/bin/echo", "text"], &io).await.unwrap();
+        task.start(exec_id).await.unwrap();
+        assert_eq!(task.wait(exec_id).await.unwrap(), 0);
+        if read {
+            assert_eq!(read_all(&io.stdout).await.unwrap(), b"text\n");
+        }
+        task.delete(exec_id).await.unwrap();
+        if !read {
+            let mut rest = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&io.stdout).unwrap();
+            assert_eq!(rest.read(&mut [0; 8]).unwrap(), 0);
+        }
+    }
+    task.kill("", 9).await.unwrap();
+    task.wait("").await.unwrap();
+    task.delete("").await.unwrap();
     finish(&node, &task).await;
 }
 
