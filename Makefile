@@ -83,9 +83,10 @@ fuzz: deps ## Fuzz the parsers that face the guest, FUZZ_SECONDS each (nightly R
 	    (cd dragonball && cargo +nightly fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS)) || exit 1; \
 	done
 
+# Running pods have the old kernel and image mapped: files are replaced, never written into.
 install: ## Install on this machine (DESTDIR is honoured)
 	$(MAKE) dist PROFILE=release DIST=$(CURDIR)/target/dist-release
-	cp -a target/dist-release/. $(DESTDIR)/
+	cp -a --remove-destination target/dist-release/. $(DESTDIR)/
 
 clean: ## Remove what was built here; the cache (~/.cache/tatami) stays
 	cargo clean
