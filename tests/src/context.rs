@@ -11,6 +11,7 @@ use crate::containerd::Containerd;
 use crate::ctr::Ctr;
 use crate::kata_config::KataConfig;
 use crate::leftovers::Scope;
+use crate::second_chance::SecondChances;
 use crate::stack::Stack;
 
 /// The runtime type of this stack.
@@ -48,6 +49,8 @@ pub struct Context {
     pub work: PathBuf,
     /// How many times slower than metal the machine is: deadlines are multiplied by it.
     pub slowness: u32,
+    /// How many cases may still run again.
+    pub second_chances: SecondChances,
     next: AtomicU32,
 }
 
@@ -66,7 +69,17 @@ impl Context {
     ) -> Result<Self> {
         std::fs::create_dir_all(work).with_context(|| format!("Cannot create {}", work.display()))?;
         let (ctr, shim) = (stack.ctr.clone(), shim_program(&stack.ctr.runtime, search_path));
-        Ok(Self { stack, ctr, scope, shim, images, work: work.to_owned(), slowness, next: AtomicU32::new(0) })
+        Ok(Self {
+            stack,
+            ctr,
+            scope,
+            shim,
+            images,
+            work: work.to_owned(),
+            slowness,
+            second_chances: SecondChances::new(false),
+            next: AtomicU32::new(0),
+        })
     }
 
     /// The runtime's configuration file.

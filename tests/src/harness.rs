@@ -62,9 +62,19 @@ pub fn trial(case: Case, context: &Arc<Mutex<Context>>) -> Trial {
     };
     Trial::test(case.name, move || {
         let context = context.lock().unwrap_or_else(PoisonError::into_inner);
-        guarded(&case, &context).map_err(|error| Failed::from(format!("{error:#}{}", log_since(&context))))
+        let Err(failure) = attempt(&case, &context) else { return Ok(()) };
+        if !context.second_chances.take(&failure) {
+            return Err(Failed::from(failure));
+        }
+        eprintln!("{}: again, for the emulation may have killed its guest: {failure}", case.name);
+        attempt(&case, &context).map_err(|again| Failed::from(format!("{again}\n\nbefore that:\n{failure}")))
     })
     .with_ignored_flag(of_other_runtime)
+}
+
+/// Runs a case; a failure is told with what containerd logged.
+fn attempt(case: &Case, context: &Context) -> std::result::Result<(), String> {
+    guarded(case, context).map_err(|error| format!("{error:#}{}", log_since(context)))
 }
 
 /// Runs a case and then the one check for leftovers; both may have something to say.

@@ -17,4 +17,5 @@ pub mod observe;
 pub mod pidfd;
 pub mod process;
 pub mod pty;
+pub mod second_chance;
 pub mod stack;

@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result, bail};
 use config::Config;
 
 use super::smaps::usage;
-use super::{Samples, push};
+use super::{Samples, push, retry};
 
 /// Name of our runtime at containerd.
 const KATA: &str = "io.containerd.kata.v2";
@@ -49,14 +49,28 @@ pub fn measure_run(image: &str, rounds: usize) -> Result<Samples> {
     let mut samples = Samples::new();
     for round in 0..=rounds {
         for (name, runtime) in [("kata", KATA), ("runc", RUNC)] {
-            let start = Instant::now();
-            ctr(&["run", "--rm", "--runtime", runtime, image, &format!("bench-{name}"), "true"])?;
+            let took = retry(|| timed_run(runtime, image, &format!("bench-{name}")))?;
             if round > 0 {
-                push(&mut samples, name, start.elapsed().as_secs_f64() * 1e3);
+                push(&mut samples, name, took);
             }
         }
     }
     Ok(samples)
+}
+
+/// Milliseconds that `ctr run` takes.
+fn timed_run(runtime: &str, image: &str, id: &str) -> Result<f64> {
+    let start = Instant::now();
+    ctr(&["run", "--rm", "--runtime", runtime, image, id, "true"]).inspect_err(|_| remove(id))?;
+    Ok(start.elapsed().as_secs_f64() * 1e3)
+}
+
+/// Removes whatever there is of a container.
+fn remove(id: &str) {
+    // What is not there cannot be removed; the failure before is the one to tell.
+    let _ = ctr(&["task", "kill", "-s", "KILL", id]);
+    let _ = ctr(&["task", "delete", "--force", id]);
+    let _ = ctr(&["container", "delete", id]);
 }
 
 /// A guest's `/proc/meminfo`, as a container sees it, in KiB by name.
@@ -64,7 +78,9 @@ pub fn measure_run(image: &str, rounds: usize) -> Result<Samples> {
 /// # Errors
 /// When the container fails.
 pub fn measure_meminfo(image: &str) -> Result<Samples> {
-    let output = ctr(&["run", "--rm", "--runtime", KATA, image, "bench-meminfo", "cat", "/proc/meminfo"])?;
+    const ID: &str = "bench-meminfo";
+    let run = || ctr(&["run", "--rm", "--runtime", KATA, image, ID, "cat", "/proc/meminfo"]);
+    let output = retry(|| run().inspect_err(|_| remove(ID)))?;
     Ok(parse_meminfo(&String::from_utf8_lossy(&output.stdout)))
 }
 
@@ -86,15 +102,11 @@ fn parse_meminfo(text: &str) -> Samples {
 /// When a pod does not start; those that run are removed in any case.
 pub fn measure_pods(image: &str) -> Result<Samples> {
     let names: Vec<String> = (0..CROWD).map(|number| format!("bench-pod-{number}")).collect();
-    let started = names
-        .iter()
-        .try_for_each(|name| ctr(&["run", "-d", "--runtime", KATA, image, name, "sleep", "1000000"]).map(drop));
+    let start = |name: &String| ctr(&["run", "-d", "--runtime", KATA, image, name, "sleep", "1000000"]);
+    let started = names.iter().try_for_each(|name| retry(|| start(name).inspect_err(|_| remove(name))).map(drop));
     let measured = started.and_then(|()| pods());
     for name in &names {
-        // Those that did not start cannot be removed; the start's error is the one to tell.
-        let _ = ctr(&["task", "kill", "-s", "KILL", name]);
-        let _ = ctr(&["task", "delete", "--force", name]);
-        let _ = ctr(&["container", "delete", name]);
+        remove(name);
     }
     measured
 }

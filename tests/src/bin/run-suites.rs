@@ -136,9 +136,7 @@ fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snap
         .arg(format!("/root/bin/{program}"))
         .args(["--slowness", LAB_SLOWNESS])
         .args(arguments);
-    if program == "demo" {
-        command = command.args(["--report", "/root/report"]);
-    }
+    command = if program == "demo" { command.args(["--report", "/root/report"]) } else { command.arg("--emulated") };
     let log = Log::create(&parts.report.join(format!("{program}-{snapshot}.log")))?;
     let status = stream(&machine, &command, log)?;
     if program == "demo" && status == Status::Exited(0) {

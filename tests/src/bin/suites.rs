@@ -13,6 +13,7 @@ use tests::ctr::Ctr;
 use tests::event::Deadline;
 use tests::harness::trial;
 use tests::leftovers::{Scope, Snapshot, describe, settle};
+use tests::second_chance::SecondChances;
 use tests::stack::{Options, Stack, search_path};
 
 /// Drives a real containerd through everything that its users rely on, and looks for leftovers after each case.
@@ -33,6 +34,9 @@ struct Arguments {
     /// The runtime under test.
     #[arg(long, default_value = KATA)]
     runtime: String,
+    /// The CPUs are QEMU's emulation, which kills a guest now and then: run a case that failed so once more, and say so.
+    #[arg(long)]
+    emulated: bool,
     /// Tell the results as JSON, one event a line.
     #[arg(long)]
     json: bool,
@@ -125,7 +129,10 @@ fn context(arguments: &Arguments, work: &Path, stack: Stack) -> Result<Context> 
         busybox: arguments.stack.images.join("busybox.tar"),
         debian: arguments.stack.images.join("debian.tar"),
     };
-    Context::new(stack, &search_path(&arguments.stack), scope, images, &work.join("case"), arguments.stack.slowness)
+    let (work, slowness) = (work.join("case"), arguments.stack.slowness);
+    let mut context = Context::new(stack, &search_path(&arguments.stack), scope, images, &work, slowness)?;
+    context.second_chances = SecondChances::new(arguments.emulated);
+    Ok(context)
 }
 
 /// Imports the images and runs one container of each, so that what the first one makes for all is there.
