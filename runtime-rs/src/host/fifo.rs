@@ -82,12 +82,12 @@ pub fn open_input(path: &Path) -> Result<Input, Error> {
 /// Closes an output that has ended, as soon as its FIFO has a reader: what is left in it is the reader's then. Without a
 /// reader the last end to be closed takes it along, so a client that is late, or restarts, would get nothing.
 ///
-/// `lonely` is told when there is no reader. Dropping this future closes the FIFO at once.
+/// `lonely` is told when there is no reader; `unwanted` ends the wait, and the FIFO is closed when this answers.
 ///
 /// # Errors
 ///
 /// When the FIFO cannot be opened again.
-pub async fn leave_to_reader(fifo: pipe::Sender, lonely: &Notify) -> io::Result<()> {
+pub async fn leave_to_reader(fifo: pipe::Sender, lonely: &Notify, unwanted: &Notify) -> io::Result<()> {
     let writer = reopen(&fifo, OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK))?;
     // It is open at both ends: only without it can a reader be told.
     drop(fifo);
@@ -103,7 +103,15 @@ pub async fn leave_to_reader(fifo: pipe::Sender, lonely: &Notify) -> io::Result<
         drop(reader);
         opened
     };
-    tokio::task::spawn_blocking(open).await.map_err(io::Error::other)?.map(drop)
+    let mut thread = tokio::task::spawn_blocking(open);
+    let opened = tokio::select! {
+        opened = &mut thread => opened,
+        () = unwanted.notified() => {
+            drop(wait);
+            thread.await
+        }
+    };
+    opened.map_err(io::Error::other)?.map(drop)
 }
 
 /// A thread that waits for a reader. Dropping this gives it one, which stays as long as the thread.

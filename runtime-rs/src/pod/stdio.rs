@@ -50,6 +50,8 @@ struct Flow {
     writing: AtomicBool,
     /// Told when the output has ended and nobody has come to read it.
     lonely: Notify,
+    /// Told when nobody will come.
+    unwanted: Notify,
 }
 
 /// The moment of the first output byte, in nanoseconds of CLOCK_MONOTONIC; 0 before it.
@@ -183,7 +185,10 @@ async fn finish_output(flow: &Flow, mut pump: JoinHandle<()>) {
         tokio::select! {
             _ = &mut pump => return,
             // The client wants no more of it, or it would not delete the process.
-            () = flow.lonely.notified() => return pump.abort(),
+            () = flow.lonely.notified() => {
+                flow.unwanted.notify_one();
+                continue;
+            }
             () = tokio::time::sleep(QUIET_DEADLINE) => {}
         }
         let progressed = flow.written.load(Ordering::Relaxed) != before;
@@ -288,7 +293,7 @@ async fn pump_out(opening: Opening, mut output: Output, first: Arc<FirstByte>, f
     let closed = match output {
         // Its writes are queued; dropping it would lose the last one.
         Output::File(mut file) => file.flush().await,
-        Output::Fifo(fifo) => fifo::leave_to_reader(fifo, &flow.lonely).await,
+        Output::Fifo(fifo) => fifo::leave_to_reader(fifo, &flow.lonely, &flow.unwanted).await,
     };
     if let Err(error) = closed {
         tracing::warn!(%error, "the output of a process was not written whole");
