@@ -179,8 +179,9 @@ fn pair(
 
 fn containers(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -> Result<()> {
     let archive = site.provide(&inputs.images.join("busybox.tar"), "busybox.tar")?;
-    let rounds = inputs.rounds.to_string();
-    let samples = site.measure(&["containers", "--archive", &archive, "--rounds", &rounds])?;
+    let (rounds, limit) = (inputs.rounds.to_string(), clock.boot_limit().to_string());
+    let arguments = ["containers", "--archive", &archive, "--rounds", &rounds, "--limit", &limit];
+    let samples = site.measure(&arguments)?;
     let (own, peer) = (sample(&samples, "kata", 1.0)?, sample(&samples, "runc", 1.0)?);
     let names = ["kata", "runc"].map(|runtime| format!("ctr run --rm … true with {runtime} ({})", clock.name()));
     let group = match clock {

@@ -106,6 +106,9 @@ enum Measure {
         archive: PathBuf,
         #[arg(long)]
         rounds: usize,
+        /// Seconds that a guest may take
+        #[arg(long)]
+        limit: u16,
     },
 }
 
@@ -159,7 +162,8 @@ fn take_samples(measure: Measure) -> Result<()> {
             }
             samples.extend(memory::measure_agent(&kernel, &image, rounds)?);
         }
-        Measure::Containers { archive, rounds } => {
+        Measure::Containers { archive, rounds, limit } => {
+            containers::configure(limit)?;
             let image = containers::import(&archive)?;
             samples.extend(containers::measure_run(&image, rounds)?);
             memory::without_huge_pages()?;
