@@ -262,18 +262,19 @@ impl Build<'_> {
             let from = kbuild.objects.join(from);
             fs::copy(&from, result.join(to)).map_err(io("copy", &from))?;
         }
+        let release = first_line(&tool::run("make kernelrelease", &mut kbuild.command(&["-s", "kernelrelease"]))?);
         if self.has_modules() {
             let root = format!("INSTALL_MOD_PATH={}", result.display());
             kbuild.run(&[&root, "INSTALL_MOD_STRIP=1", "modules_install"], &mut |_| ())?;
+            remove_build_link(&result.join("lib/modules").join(&release))?;
         }
         let size = fs::metadata(&vmlinux).map_err(io("read", &vmlinux))?.len();
         if let Some(limit) = self.profile.size_limit().filter(|limit| size > *limit) {
             return Err(Error::TooLarge { profile: self.profile.name(), size, limit });
         }
-        let release = tool::run("make kernelrelease", &mut kbuild.command(&["-s", "kernelrelease"]))?;
         let manifest = Manifest {
             profile: self.profile.name().to_owned(),
-            release: first_line(&release),
+            release,
             source: self.source.version.clone(),
             compiler: self.compiler.clone(),
             vmlinux_bytes: size,
@@ -291,6 +292,15 @@ fn read_manifest(directory: &Path) -> Result<Manifest, Error> {
     let path = directory.join("manifest.json");
     let text = fs::read_to_string(&path).map_err(io("read", &path))?;
     serde_json::from_str(&text).map_err(|source| Error::Manifest { path, source })
+}
+
+/// kbuild links the modules to the tree that they were built in, which is gone when they are used.
+fn remove_build_link(modules: &Path) -> Result<(), Error> {
+    let link = modules.join("build");
+    if link.is_symlink() {
+        fs::remove_file(&link).map_err(io("remove", &link))?;
+    }
+    Ok(())
 }
 
 fn first_line(text: &[u8]) -> String {
@@ -319,5 +329,15 @@ mod tests {
         let error = Error::Refused { profile: "base", refusals: vec![refusal("VMGENID"), refusal("EROFS_FS")] };
         let text = error.to_string();
         assert!(text.contains("VMGENID: asked for y, Kconfig gave n") && text.contains("EROFS_FS"), "{text}");
+    }
+
+    #[test]
+    fn no_link_to_the_build_tree_goes_with_the_modules() {
+        let modules = tempfile::tempdir().unwrap();
+        std::os::unix::fs::symlink("/nonexistent/tree", modules.path().join("build")).unwrap();
+        for _ in 0..2 {
+            remove_build_link(modules.path()).unwrap();
+            assert!(!modules.path().join("build").is_symlink());
+        }
     }
 }
