@@ -36,7 +36,7 @@ impl Clock {
 
     /// Seconds in which every guest that boots at all has booted: a virtual second lasts a minute where a guest spins.
     #[must_use]
-    pub fn boot_limit(self) -> u16 {
+    pub const fn boot_limit(self) -> u16 {
         match self {
             Self::Virtual => 2,
             Self::Wall => 60,

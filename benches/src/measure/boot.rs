@@ -20,8 +20,8 @@ pub struct Contender<'a> {
 }
 
 /// Boots each contender once per round, one after the other: first a round that is thrown away (the page cache fills),
-/// then `rounds` that count. A guest that does not get there within `limit` seconds is started again. Samples `NAME` are milliseconds from exec to init, `NAME kernel` those from the
-/// kernel's entry to init.
+/// then `rounds` that count. A guest that does not get there within `limit` seconds is started again. Samples `NAME` are
+/// milliseconds from exec to init, `NAME kernel` those from the kernel's entry to init.
 ///
 /// # Errors
 /// When a guest does not reach its `/init`.

@@ -13,11 +13,12 @@ use super::smaps::usage;
 use super::trace::{Instance, Pipe, await_init, moment_filter};
 use super::vmm::{GUEST_MEMORY, Guest, Vmm};
 use super::{Samples, push, retry};
+use crate::site::Clock;
 
 /// How many VMs share what can be shared.
 pub const CROWD: usize = 10;
-/// Seconds of virtual time that a guest may take to its `/init` or its agent, ten times what it takes.
-const LIMIT: u16 = 2;
+/// Seconds that a guest may take to its `/init` or its agent: memory is measured by the virtual clock only.
+const LIMIT: u16 = Clock::Virtual.boot_limit();
 /// The vsock port on which the host awaits the agent.
 const AGENT_PORT: u32 = 1024;
 /// How a guest finds its image and its agent.

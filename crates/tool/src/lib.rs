@@ -36,7 +36,7 @@ pub enum Error {
     Failed {
         /// Its name.
         program: String,
-        /// How it ended, or what is wrong with its result.
+        /// How it ended.
         status: String,
         /// The end of what it wrote.
         output: String,
