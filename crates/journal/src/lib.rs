@@ -12,9 +12,10 @@ mod tree;
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
+use std::time::Duration;
 
 use nix::fcntl::{Flock, FlockArg};
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,9 @@ pub use process::ProcessId;
 
 /// A journal larger than this is not replayed (bytes): no sandbox writes a hundredth of it.
 const MAX_JOURNAL: u64 = 64 << 20;
+
+/// How long [`replay`] waits for another process that replays the same journal.
+const REPLAY_DEADLINE: Duration = Duration::from_secs(20);
 
 /// Why the journal itself could not be used.
 #[derive(Debug, thiserror::Error)]
@@ -44,8 +48,11 @@ pub enum JournalError {
         /// Its size in bytes.
         size: u64,
     },
-    /// Another process replays the same journal.
-    #[error("journal {path} is being replayed by another process; try again when it has ended")]
+    /// Another process replays the same journal, and did not end within [`REPLAY_DEADLINE`].
+    #[error(
+        "journal {path} has been replayed by another process for {} s; see what holds that process (a mount that does \
+         not answer?) and try again", REPLAY_DEADLINE.as_secs()
+    )]
     Busy {
         /// The journal file.
         path: PathBuf,
@@ -192,11 +199,13 @@ pub fn replay(path: &Path) -> Result<Replay, JournalError> {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Replay::default()),
         Err(error) => return Err(fail(error)),
     };
-    let mut file = Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, errno)| match errno {
-        nix::Error::EWOULDBLOCK => JournalError::Busy { path: path.to_owned() },
-        errno => fail(errno.into()),
-    })?;
-    let size = file.metadata().map_err(fail)?.len();
+    let mut file = lock(file, path, REPLAY_DEADLINE)?;
+    let metadata = file.metadata().map_err(fail)?;
+    if metadata.nlink() == 0 {
+        // Whoever held the lock has undone everything.
+        return Ok(Replay { found: true, ..Replay::default() });
+    }
+    let size = metadata.len();
     if size > MAX_JOURNAL {
         return Err(JournalError::TooLarge { path: path.to_owned(), size });
     }
@@ -217,6 +226,23 @@ pub fn replay(path: &Path) -> Result<Replay, JournalError> {
         }
     }
     Ok(replay)
+}
+
+/// Waits for other replays of the same journal: the kernel ends their locks when they end, in whatever way.
+fn lock(file: File, path: &Path, deadline: Duration) -> Result<Flock<File>, JournalError> {
+    let fail = |errno: nix::Error| JournalError::Io { path: path.to_owned(), source: errno.into() };
+    let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+        Ok(locked) => return Ok(locked),
+        Err((file, nix::Error::EWOULDBLOCK)) => file,
+        Err((_, errno)) => return Err(fail(errno)),
+    };
+    // flock(2) knows no deadline: a thread waits in it, and this one for the thread.
+    let (sender, locked) = std::sync::mpsc::channel();
+    std::thread::spawn(move || sender.send(Flock::lock(file, FlockArg::LockExclusive).map_err(|(_, errno)| errno)));
+    match locked.recv_timeout(deadline) {
+        Ok(result) => result.map_err(fail),
+        Err(_) => Err(JournalError::Busy { path: path.to_owned() }),
+    }
 }
 
 /// The processes that a journal records: whoever owns it. None for a missing file.
@@ -271,4 +297,21 @@ fn read_open(file: &mut File, path: &Path) -> Result<Vec<(EffectId, Effect)>, Jo
         }
     }
     Ok(open)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn a_replay_that_does_not_end_is_named() {
+        let path = tempfile::NamedTempFile::new().unwrap().into_temp_path();
+        let held = Flock::lock(File::open(&path).unwrap(), FlockArg::LockExclusive).unwrap();
+        let refused = lock(File::open(&path).unwrap(), &path, Duration::from_millis(1)).unwrap_err();
+        assert!(matches!(refused, JournalError::Busy { .. }), "{refused}");
+        drop(held);
+        lock(File::open(&path).unwrap(), &path, REPLAY_DEADLINE).unwrap();
+    }
 }

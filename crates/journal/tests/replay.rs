@@ -171,3 +171,19 @@ fn mounts_are_undone_and_a_tree_is_never_removed_through_a_mount() {
     assert!(!tree.exists());
     assert!(precious.join("data").exists());
 }
+
+#[test]
+fn replays_of_one_journal_follow_one_another() {
+    let root = tempfile::tempdir().unwrap();
+    let path = die_after(root.path(), 6, false);
+    let replays: Vec<_> = (0..8)
+        .map(|_| {
+            let path = path.clone();
+            std::thread::spawn(move || replay(&path).unwrap())
+        })
+        .collect();
+    let replays: Vec<_> = replays.into_iter().map(|thread| thread.join().unwrap()).collect();
+    assert_eq!(replays.iter().map(|replay| replay.undone).filter(|undone| *undone > 0).collect::<Vec<_>>(), [6]);
+    assert!(replays.iter().all(|replay| replay.failures.is_empty()));
+    assert!(names(root.path()).is_empty());
+}
