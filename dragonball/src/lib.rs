@@ -22,7 +22,10 @@ mod vcpu;
 mod vm;
 
 pub use boot::BootError;
-pub use config::{ConfigError, ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VsockConfig};
+pub use config::{
+    ConfigError, ConsoleOutput, DiskConfig, FsConfig, MacAddress, MachineConfig, NetConfig, PmemConfig, TapDescriptors,
+    TapSource, VhostMode, VsockConfig,
+};
 pub use kvm::KvmError;
 pub use machine::{StartError, start};
 pub use vm::{ExitReason, Vm};

@@ -20,6 +20,7 @@ use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::Fs;
+use crate::virtio::net::Net;
 use crate::virtio::pci::{Hardware, REGION_LENGTH, Transport};
 use crate::virtio::pmem::{Pmem, PmemMode};
 use crate::virtio::rng::Rng;
@@ -51,6 +52,9 @@ impl Devices {
         }
         for disk in &config.disks {
             self.add("blk", Box::new(Blk::open(&disk.path, disk.read_only).map_err(refused("blk"))?))?;
+        }
+        for net in &config.net {
+            self.add("net", Box::new(Net::open(net).map_err(refused("net"))?))?;
         }
         for fs in &config.fs {
             self.add("fs", Box::new(Fs::new(&fs.tag, &fs.directory).map_err(refused("fs"))?))?;
