@@ -350,9 +350,12 @@ impl Net {
         }
         // A pair lets go of its port before the port leaves the traffic, and takes it after the port has joined it.
         active.enabled = active.enabled.min(wanted);
+        let kept = active.enabled;
         let stopped = self.set_flows(events)?;
         if let Err(error) = self.attach_ports(wanted) {
             tracing::debug!(%error, count, "the tap does not take so many queues");
+            // No port that nobody reads shall get frames; it was attached a moment ago, so that it can be detached.
+            let _ = self.attach_ports(kept);
             return Ok(false);
         }
         if let Some(active) = &mut self.active {
@@ -381,26 +384,42 @@ impl Net {
         true
     }
 
+    /// Tells the host what the driver wants.
+    fn prepare_host(&mut self, active: &Active) -> Result<(), DeviceError> {
+        let prepared = self.attach_ports(active.enabled).and_then(|()| self.set_offloads(active.offloads));
+        match prepared {
+            Err(error) if error.raw_os_error() == Some(libc::EBADFD) => self.lost = true,
+            result => result.map_err(|source| DeviceError::Host { action: "prepare the tap", source })?,
+        }
+        self.set_filter();
+        self.set_carrier();
+        Ok(())
+    }
+
+    fn hand_to_kernel(&self, active: &mut Active) -> Result<(), DeviceError> {
+        match active.hand_to_kernel(&self.ports) {
+            Err(source) if self.vhost == VhostMode::On => {
+                Err(DeviceError::Host { action: "hand the rings to /dev/vhost-net", source })
+            }
+            Err(error) => {
+                tracing::debug!(%error, "the frames of a network card are moved without vhost");
+                Ok(())
+            }
+            Ok(()) => Ok(()),
+        }
+    }
+
     /// Takes the rings and starts.
     fn start(&mut self, activation: Activation, events: &mut dyn EventRegistry) -> Result<(), DeviceError> {
-        let refused = |action| move |source| DeviceError::Host { action, source };
         let resume = self.resume.take();
         let mut active = Active::new(activation, self.ports.len(), resume.as_ref())?;
         if let Some(resume) = &resume {
             active.enabled = usize::from(resume.pairs).clamp(1, active.pairs.len());
             active.offloads = resume.offloads & active.features & Offloads::feature_bits();
         }
-        self.attach_ports(active.enabled).map_err(refused("attach the tap's queues"))?;
-        self.set_offloads(active.offloads).map_err(refused("set the tap's offloads"))?;
-        self.set_filter();
-        self.set_carrier();
-        if self.vhost != VhostMode::Off
-            && let Err(error) = active.hand_to_kernel(&self.ports)
-        {
-            if self.vhost == VhostMode::On {
-                return Err(refused("hand the rings to /dev/vhost-net")(error));
-            }
-            tracing::debug!(%error, "the frames of a network card are moved without vhost");
+        self.prepare_host(&active)?;
+        if self.vhost != VhostMode::Off && !self.lost {
+            self.hand_to_kernel(&mut active)?;
         }
         active.watch(&self.link, &self.ports, events)?;
         self.active = Some(active);

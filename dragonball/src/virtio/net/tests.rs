@@ -13,6 +13,7 @@ mod control;
 mod hostile;
 mod restore;
 mod tap;
+mod vhost;
 
 /// Rings of the first pair.
 const RX: u16 = 0;

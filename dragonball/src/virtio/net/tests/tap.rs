@@ -21,12 +21,12 @@ use crate::config::{TapDescriptors, TapSource};
 use crate::virtio::net::tap;
 
 const NAME: &str = "card0";
-const PEER: [u8; 6] = [2, 0, 0, 0, 0, 0xff];
+pub(super) const PEER: [u8; 6] = [2, 0, 0, 0, 0, 0xff];
 /// The mark of our frames among those that the kernel sends by itself: an EtherType for experiments (IEEE 802).
-const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
+pub(super) const ETHER_TYPE: [u8; 2] = [0x88, 0xb5];
 
 /// Runs `test` in a new network namespace; says why not where that is not possible.
-fn in_namespace(test: impl FnOnce() + Send + 'static) {
+pub(super) fn in_namespace(test: impl FnOnce() + Send + 'static) {
     let body = move || {
         if !nix::unistd::geteuid().is_root() || !std::path::Path::new("/dev/net/tun").exists() {
             eprintln!("skipped: taps need root and /dev/net/tun");
@@ -41,16 +41,21 @@ fn in_namespace(test: impl FnOnce() + Send + 'static) {
 }
 
 fn open(queues: u16) -> Net {
+    open_with(queues, VhostMode::Off)
+}
+
+/// A card on a tap with that many queues.
+pub(super) fn open_with(queues: u16, vhost: VhostMode) -> Net {
     let tap = TapSource::Name { name: NAME.to_owned(), queues };
     let mac = Some(MacAddress::new(CARD_ADDRESS).unwrap());
-    Net::open(&NetConfig { tap, mac, vhost: VhostMode::Off, ..NetConfig::new("") }).unwrap()
+    Net::open(&NetConfig { tap, mac, vhost, ..NetConfig::new("") }).unwrap()
 }
 
 /// The host's stack: frames with their virtio header (packet(7), `PACKET_VNET_HDR`).
-struct Stack(OwnedFd);
+pub(super) struct Stack(OwnedFd);
 
 impl Stack {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let all = SockProtocol::EthAll;
         let socket = socket(AddressFamily::Packet, SockType::Raw, SockFlag::SOCK_CLOEXEC, all).unwrap();
         let on: libc::c_int = 1;
@@ -67,12 +72,12 @@ impl Stack {
         Self(socket)
     }
 
-    fn send(&self, frame: &[u8]) {
+    pub(super) fn send(&self, frame: &[u8]) {
         assert_eq!(send_to_socket(self.0.as_raw_fd(), frame, MsgFlags::empty()).unwrap(), frame.len());
     }
 
     /// The next frame that came from the card.
-    fn receive(&self) -> Vec<u8> {
+    pub(super) fn receive(&self) -> Vec<u8> {
         let mut frame = vec![0; 1 << 17];
         loop {
             let length = recv(self.0.as_raw_fd(), &mut frame, MsgFlags::empty()).expect("a frame in time");
@@ -102,7 +107,7 @@ fn has_carrier() -> bool {
 }
 
 /// An Ethernet frame.
-fn ethernet(to: [u8; 6], from: [u8; 6], ether_type: [u8; 2], body: &[u8]) -> Vec<u8> {
+pub(super) fn ethernet(to: [u8; 6], from: [u8; 6], ether_type: [u8; 2], body: &[u8]) -> Vec<u8> {
     [&to[..], &from, &ether_type, body].concat()
 }
 
@@ -147,7 +152,7 @@ fn header(size: u16) -> [u8; HEADER_LENGTH] {
 }
 
 /// The frames to the card that the driver finds, with their headers, until the first marked one.
-fn incoming(harness: &mut Harness<Net>, buffers: &[(u16, Segment)]) -> Vec<Vec<u8>> {
+pub(super) fn incoming(harness: &mut Harness<Net>, buffers: &[(u16, Segment)]) -> Vec<Vec<u8>> {
     let mut frames = Vec::new();
     loop {
         let first = harness.wait_used(RX);
@@ -166,7 +171,7 @@ fn incoming(harness: &mut Harness<Net>, buffers: &[(u16, Segment)]) -> Vec<Vec<u
 }
 
 /// A frame that tells [`incoming`] that there are no more. A packet socket's header has no `num_buffers`.
-fn mark() -> Vec<u8> {
+pub(super) fn mark() -> Vec<u8> {
     [&[0; 10][..], &ethernet(CARD_ADDRESS, PEER, ETHER_TYPE, &[0; 46])].concat()
 }
 
@@ -301,6 +306,11 @@ fn a_deleted_tap_is_a_pulled_cable() {
         assert_eq!(harness.device.config()[6], 0);
         send(&mut harness, TX, &frame(100, 1));
         harness.settle();
+        // So it stays for the driver's next start.
+        harness.reset();
+        harness.activate().unwrap();
+        assert_eq!(harness.device.config()[6], 0);
+        send(&mut harness, TX, &frame(100, 2));
     });
 }
 
