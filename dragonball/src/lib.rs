@@ -25,7 +25,8 @@ mod vm;
 
 pub use boot::BootError;
 pub use config::{
-    ConfigError, ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MachineConfig, PmemConfig, VsockConfig,
+    ConfigError, ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MacAddress, MachineConfig, NetConfig, PmemConfig,
+    TapDescriptors, TapSource, VhostMode, VsockConfig,
 };
 pub use kvm::KvmError;
 pub use machine::{StartError, start};
