@@ -37,7 +37,7 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
     let vm = kvm::create_vm(&kvm)?;
     shared.stamp("vm created");
     let ram = GuestRam::new(config.memory).map_err(host_refused("map guest memory"))?;
-    let mut address_space = AddressSpace::new(Arc::clone(&vm));
+    let address_space = AddressSpace::new(Arc::clone(&vm));
     address_space.add_ram(&ram).map_err(refused("add guest memory"))?;
     let entry = boot::load(config, &ram, acpi::RSDP)?;
     shared.stamp("kernel loaded");

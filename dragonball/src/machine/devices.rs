@@ -12,8 +12,8 @@ use super::StartError;
 use super::event_loop::DeviceWorker;
 use crate::config::{ConsoleOutput, MachineConfig, PmemConfig};
 use crate::irq::ioapic::IoApic;
-use crate::memory::AddressSpace;
 use crate::memory::layout::{HighMemory, PCI_32};
+use crate::memory::{AddressSpace, SlotAccess};
 use crate::pci::bus::PciBus;
 use crate::platform::uart::Uart;
 use crate::virtio::blk::Blk;
@@ -90,9 +90,10 @@ impl Devices {
         let no_room = || refused("pmem")("the guest's address space has no room left");
         let range = self.high.place_pmem(mapping.len()).ok_or_else(no_room)?;
         let host = mapping.host_address().as_ptr() as u64;
+        let access = if config.read_only { SlotAccess::ReadOnly } else { SlotAccess::ReadWrite };
         // SAFETY: the mapping is as long as the range and lives in the device, which the `vmm` thread drops after it
         // has joined the vCPUs.
-        unsafe { self.address_space.add_device_memory(range, host, config.read_only) }.map_err(refused("pmem"))?;
+        let _for_good = unsafe { self.address_space.add(range, host, access) }.map_err(refused("pmem"))?;
         pmem.set_start(GuestAddress(range.start));
         self.add("pmem", Box::new(pmem))
     }
