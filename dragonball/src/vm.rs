@@ -9,6 +9,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Request};
 use crate::virtio::console::ConsoleTail;
+use crate::virtio::mem::MemControl;
 
 /// Why a machine ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -41,7 +42,6 @@ impl std::fmt::Display for ExitReason {
 }
 
 /// What the machine's threads and its owner share.
-#[derive(Debug)]
 pub(crate) struct Shared {
     /// Readable once the machine has ended; never read, so it stays so.
     exit_event: EventFd,
@@ -51,6 +51,7 @@ pub(crate) struct Shared {
     stamps: Mutex<Vec<(&'static str, u64)>>,
     /// What the guest wrote to each of its consoles.
     consoles: Mutex<Vec<ConsoleTail>>,
+    memory: OnceLock<MemControl>,
 }
 
 impl Shared {
@@ -61,12 +62,18 @@ impl Shared {
             exit_reason: OnceLock::new(),
             stamps: Mutex::new(Vec::new()),
             consoles: Mutex::default(),
+            memory: OnceLock::new(),
         })
     }
 
     /// Another console whose last output is kept.
     pub(crate) fn add_console(&self, tail: ConsoleTail) {
         self.consoles.lock().unwrap_or_else(PoisonError::into_inner).push(tail);
+    }
+
+    /// The machine has a memory device.
+    pub(crate) fn set_memory(&self, control: MemControl) {
+        let _the_only_one = self.memory.set(control);
     }
 
     /// Notes that `name` happened now.
@@ -164,6 +171,12 @@ impl Vm {
     #[must_use]
     pub fn stamps(&self) -> Vec<(&'static str, u64)> {
         self.shared.stamps.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The handle on the memory that the guest can get beside its boot memory; nothing when it can get none.
+    #[must_use]
+    pub fn memory(&self) -> Option<MemControl> {
+        self.shared.memory.get().cloned()
     }
 
     /// The last few KiB of what the guest wrote to its consoles, for error reports.

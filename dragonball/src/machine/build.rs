@@ -18,7 +18,8 @@ use crate::control;
 use crate::irq::ioapic::IoApic;
 use crate::irq::router::IrqRouter;
 use crate::kvm::refused;
-use crate::memory::layout::HighMemory;
+use crate::memory::layout::{self, HighMemory};
+use crate::memory::listener::DmaListeners;
 use crate::memory::{AddressSpace, GuestRam};
 use crate::pci::bus::PciBus;
 use crate::vcpu::{self, cpuid, registers};
@@ -36,7 +37,8 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
     let kvm = kvm::open()?;
     let vm = kvm::create_vm(&kvm)?;
     shared.stamp("vm created");
-    let ram = GuestRam::new(config.memory).map_err(host_refused("map guest memory"))?;
+    let pluggable = layout::pluggable(config.memory, config.memory_max());
+    let ram = GuestRam::with_pluggable(config.memory, pluggable).map_err(host_refused("map guest memory"))?;
     let address_space = AddressSpace::new(Arc::clone(&vm));
     address_space.add_ram(&ram).map_err(refused("add guest memory"))?;
     let entry = boot::load(config, &ram, acpi::RSDP)?;
@@ -49,8 +51,9 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
     let mut devices = Devices {
         hardware: Hardware { vm: Arc::clone(&vm), router, memory: Arc::clone(ram.memory()), control: control.clone() },
         bus: PciBus::default(),
-        high: HighMemory::above(config.memory, host::address_bits()),
+        high: HighMemory::above(config.memory, pluggable, host::address_bits()),
         address_space,
+        listeners: DmaListeners::new(Arc::clone(ram.memory())),
         workers: Vec::new(),
     };
     devices.add_all(config, &shared)?;

@@ -13,13 +13,15 @@ use super::event_loop::DeviceWorker;
 use crate::config::{ConsoleOutput, MachineConfig, PmemConfig};
 use crate::irq::ioapic::IoApic;
 use crate::memory::layout::{HighMemory, PCI_32};
-use crate::memory::{AddressSpace, SlotAccess};
+use crate::memory::listener::DmaListeners;
+use crate::memory::{AddressSpace, PluggableMemory, SlotAccess};
 use crate::pci::bus::PciBus;
 use crate::platform::uart::Uart;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::Fs;
+use crate::virtio::mem::Mem;
 use crate::virtio::pci::{Hardware, REGION_LENGTH, Transport};
 use crate::virtio::pmem::{Pmem, PmemMode};
 use crate::virtio::rng::Rng;
@@ -32,6 +34,7 @@ pub(super) struct Devices {
     pub(super) bus: PciBus,
     pub(super) high: HighMemory,
     pub(super) address_space: AddressSpace,
+    pub(super) listeners: DmaListeners,
     pub(super) workers: Vec<DeviceWorker>,
 }
 
@@ -46,6 +49,7 @@ impl Devices {
             return Ok(());
         }
         self.add("rng", Box::new(Rng::new()))?;
+        self.add_memory(config, shared)?;
         for pmem in &config.pmem {
             self.add_pmem(pmem)?;
         }
@@ -80,6 +84,17 @@ impl Devices {
         let no_slot = || refused(name)("the PCI bus has no slot left");
         self.bus.add(Arc::new(transport)).ok_or_else(no_slot)?;
         self.workers.push(DeviceWorker::new(name, device, lines));
+        Ok(())
+    }
+
+    /// Makes the device for what `config` lets the guest have beside its boot memory.
+    fn add_memory(&mut self, config: &MachineConfig, shared: &Shared) -> Result<(), StartError> {
+        let space = Some(self.address_space.clone());
+        if let Some(memory) = PluggableMemory::new(&self.hardware.memory, space, self.listeners.clone()) {
+            let mem = Mem::new(memory, config.memory_max() - config.memory).map_err(refused("mem"))?;
+            shared.set_memory(mem.control());
+            self.add("mem", Box::new(mem))?;
+        }
         Ok(())
     }
 

@@ -4,6 +4,7 @@ pub mod blk;
 pub mod console;
 pub mod device;
 pub mod fs;
+pub mod mem;
 pub mod pmem;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
@@ -12,6 +13,7 @@ pub mod testing;
 pub mod vsock;
 
 mod buffers;
+mod observed;
 pub(crate) mod pci;
 mod ring;
 mod state;

@@ -6,12 +6,11 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::Request;
-use super::device::{Activation, ActiveQueue, DeviceError, EventRegistry, GuestMemory, Interrupt};
+use super::device::{Activation, ActiveQueue, DeviceError, EventRegistry, GuestMemory, GuestRegions, Interrupt};
 
 /// Feature bits of the ring layout that every device here handles.
 pub(crate) const RING_FEATURES: u64 = (1 << VIRTIO_RING_F_EVENT_IDX) | (1 << VIRTIO_RING_F_INDIRECT_DESC);
@@ -97,7 +96,7 @@ impl Ring {
         self.kick.write(1).map_err(|source| DeviceError::Host { action: "ring a doorbell", source })
     }
 
-    fn pop<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Result<Option<Request<'m>>, DeviceError> {
+    fn pop<'m>(&mut self, memory: &'m GuestRegions) -> Result<Option<Request<'m>>, DeviceError> {
         let limit = self.queue.size();
         match self.queue.iter(memory)?.next() {
             Some(chain) => Request::new(memory, chain, limit).map(Some),
@@ -108,7 +107,7 @@ impl Ring {
     /// The next request; when there is none, the doorbell will ring for the next one.
     ///
     /// A device that stops before there is none has to come back by itself.
-    pub(crate) fn next<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Result<Option<Request<'m>>, DeviceError> {
+    pub(crate) fn next<'m>(&mut self, memory: &'m GuestRegions) -> Result<Option<Request<'m>>, DeviceError> {
         if let Some(request) = self.pop(memory)? {
             return Ok(Some(request));
         }
@@ -125,19 +124,14 @@ impl Ring {
     }
 
     /// Gives a request back with `written` bytes in its writable part.
-    pub(crate) fn push_used(
-        &mut self,
-        memory: &GuestMemoryMmap<()>,
-        head: u16,
-        written: usize,
-    ) -> Result<(), DeviceError> {
+    pub(crate) fn push_used(&mut self, memory: &GuestRegions, head: u16, written: usize) -> Result<(), DeviceError> {
         self.queue.add_used(memory, head, u32::try_from(written).unwrap_or(u32::MAX))?;
         self.unsignalled = true;
         Ok(())
     }
 
     /// Interrupts the driver if buffers were used and it wants to know.
-    pub(crate) fn signal_used(&mut self, memory: &GuestMemoryMmap<()>) -> Result<(), DeviceError> {
+    pub(crate) fn signal_used(&mut self, memory: &GuestRegions) -> Result<(), DeviceError> {
         if std::mem::take(&mut self.unsignalled) && self.queue.needs_notification(memory)? {
             self.interrupt.signal_queue(self.index);
         }
@@ -147,7 +141,7 @@ impl Ring {
     /// Serves what is in the ring, at most one turn of it; `serve` says how many bytes it wrote.
     pub(crate) fn serve(
         &mut self,
-        memory: &GuestMemoryMmap<()>,
+        memory: &GuestRegions,
         mut serve: impl FnMut(&Request<'_>) -> Result<usize, DeviceError>,
     ) -> Result<(), DeviceError> {
         for turn in 0.. {

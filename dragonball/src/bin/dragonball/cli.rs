@@ -71,6 +71,10 @@ pub(crate) struct Run {
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
     memory: u64,
 
+    /// The most memory that the guest can have while it runs, a multiple of 2 MiB; it starts with --memory.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory_max: Option<u64>,
+
     /// A file that the guest sees as persistent memory (/dev/pmem0 and on); it does not change. Can be repeated.
     #[arg(long, value_name = "FILE[,ro]", value_parser = parse_image)]
     pmem: Vec<Image>,
@@ -156,6 +160,7 @@ impl From<Run> for MachineConfig {
             cmdline: run.cmdline,
             vcpus: run.cpus,
             memory: run.memory,
+            memory_max: run.memory_max,
             pmem: run.pmem.into_iter().map(|Image { path, read_only }| PmemConfig { path, read_only }).collect(),
             disks: run.disk.into_iter().map(|Image { path, read_only }| DiskConfig { path, read_only }).collect(),
             fs: run.fs,
@@ -189,6 +194,8 @@ mod tests {
             "2",
             "--memory",
             "1G",
+            "--memory-max",
+            "4G",
             "--pmem",
             "a,ro",
             "--pmem",
@@ -213,6 +220,7 @@ mod tests {
             cmdline: "-x one=1".to_owned(),
             vcpus: 2,
             memory: 1 << 30,
+            memory_max: Some(4 << 30),
             pmem: vec![
                 PmemConfig { path: "a".into(), read_only: true },
                 PmemConfig { path: "b".into(), read_only: false },
@@ -246,7 +254,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_meant_is_refused() {
-        for option in ["--fs=tag", "--fs==/dir", "--pmem=,ro", "--cpus=300", "--memory=lots"] {
+        for option in ["--fs=tag", "--fs==/dir", "--pmem=,ro", "--cpus=300", "--memory=lots", "--memory-max=more"] {
             let arguments = ["dragonball", "run", "--kernel", "vmlinux", option];
             assert!(Cli::try_parse_from(arguments).is_err(), "{option}");
         }
