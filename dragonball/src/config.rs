@@ -33,6 +33,8 @@ pub struct MachineConfig {
     /// The most memory that the guest can have while it runs, in bytes: `memory`, and what can be plugged beside it. A
     /// multiple of [`MEMORY_GRANULE`]. Without one, and where it equals `memory`, no memory can be plugged.
     pub memory_max: Option<u64>,
+    /// Whether the machine has a balloon, through which the guest gives memory back that it does not use.
+    pub balloon: bool,
     /// Persistent memory devices, `/dev/pmem0` and on.
     pub pmem: Vec<PmemConfig>,
     /// Block devices, `/dev/vda` and on.
@@ -62,6 +64,7 @@ impl MachineConfig {
             vcpus: 1,
             memory: 128 << 20,
             memory_max: None,
+            balloon: false,
             pmem: Vec::new(),
             disks: Vec::new(),
             fs: Vec::new(),
@@ -328,7 +331,7 @@ impl MachineConfig {
     /// bus either, whose probing would take the guest longer than all the rest of the machine.
     pub(crate) fn device_count(&self) -> usize {
         let console = usize::from(self.console != ConsoleOutput::None);
-        let memory = usize::from(self.memory_max() > self.memory);
+        let memory = usize::from(self.memory_max() > self.memory) + usize::from(self.balloon);
         let asked_for =
             self.pmem.len() + self.disks.len() + self.fs.len() + usize::from(self.vsock.is_some()) + console + memory;
         if asked_for > 0 { asked_for + 1 } else { 0 }

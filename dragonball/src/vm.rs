@@ -8,6 +8,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Request};
+use crate::virtio::balloon::BalloonControl;
 use crate::virtio::console::ConsoleTail;
 use crate::virtio::mem::MemControl;
 
@@ -52,6 +53,7 @@ pub(crate) struct Shared {
     /// What the guest wrote to each of its consoles.
     consoles: Mutex<Vec<ConsoleTail>>,
     memory: OnceLock<MemControl>,
+    balloon: OnceLock<BalloonControl>,
 }
 
 impl Shared {
@@ -63,6 +65,7 @@ impl Shared {
             stamps: Mutex::new(Vec::new()),
             consoles: Mutex::default(),
             memory: OnceLock::new(),
+            balloon: OnceLock::new(),
         })
     }
 
@@ -74,6 +77,11 @@ impl Shared {
     /// The machine has a memory device.
     pub(crate) fn set_memory(&self, control: MemControl) {
         let _the_only_one = self.memory.set(control);
+    }
+
+    /// The machine has a balloon.
+    pub(crate) fn set_balloon(&self, control: BalloonControl) {
+        let _the_only_one = self.balloon.set(control);
     }
 
     /// Notes that `name` happened now.
@@ -177,6 +185,12 @@ impl Vm {
     #[must_use]
     pub fn memory(&self) -> Option<MemControl> {
         self.shared.memory.get().cloned()
+    }
+
+    /// The handle on the balloon; nothing when there is none.
+    #[must_use]
+    pub fn balloon(&self) -> Option<BalloonControl> {
+        self.shared.balloon.get().cloned()
     }
 
     /// The last few KiB of what the guest wrote to its consoles, for error reports.

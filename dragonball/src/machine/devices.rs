@@ -17,6 +17,7 @@ use crate::memory::listener::DmaListeners;
 use crate::memory::{AddressSpace, PluggableMemory, SlotAccess};
 use crate::pci::bus::PciBus;
 use crate::platform::uart::Uart;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
 use crate::virtio::device::VirtioDevice;
@@ -87,13 +88,18 @@ impl Devices {
         Ok(())
     }
 
-    /// Makes the device for what `config` lets the guest have beside its boot memory.
+    /// Makes the devices by which the guest gets memory beside its boot memory and gives memory back.
     fn add_memory(&mut self, config: &MachineConfig, shared: &Shared) -> Result<(), StartError> {
         let space = Some(self.address_space.clone());
         if let Some(memory) = PluggableMemory::new(&self.hardware.memory, space, self.listeners.clone()) {
             let mem = Mem::new(memory, config.memory_max() - config.memory).map_err(refused("mem"))?;
             shared.set_memory(mem.control());
             self.add("mem", Box::new(mem))?;
+        }
+        if config.balloon {
+            let balloon = Balloon::new(self.listeners.clone(), config.memory_max()).map_err(refused("balloon"))?;
+            shared.set_balloon(balloon.control());
+            self.add("balloon", Box::new(balloon))?;
         }
         Ok(())
     }

@@ -51,7 +51,6 @@ impl Drop for Attachment {
 
 /// What became of memory that nobody needs.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
-#[allow(dead_code, reason = "for the balloon")]
 pub(crate) enum Discard {
     /// The host has it back.
     Done,
@@ -109,7 +108,6 @@ impl DmaListeners {
     ///
     /// # Errors
     /// When the range is not of whole pages of one region that the guest has, or the host refuses.
-    #[allow(dead_code, reason = "for the balloon")]
     pub(crate) fn discard(&self, range: Range) -> io::Result<Discard> {
         // Held until the end: a listener that is attached meanwhile would pin what is discarded.
         let attached = self.attached();

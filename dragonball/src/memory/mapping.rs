@@ -163,6 +163,15 @@ pub(crate) fn overlay(region: &MmapRegion, offset: u64, file: &File, file_offset
 /// The page size of x86-64.
 pub(crate) const PAGE: u64 = 4096;
 
+/// Whether the page at host `address` is in memory (bit 63 of its entry in `/proc/self/pagemap`, proc(5)).
+#[cfg(test)]
+pub(crate) fn is_resident(address: u64) -> bool {
+    let mut entry = [0; 8];
+    let pagemap = File::open("/proc/self/pagemap").unwrap();
+    std::os::unix::fs::FileExt::read_exact_at(&pagemap, &mut entry, address / PAGE * 8).unwrap();
+    u64::from_le_bytes(entry) >> 63 == 1
+}
+
 #[cfg(test)]
 mod tests {
     use std::io::Write;

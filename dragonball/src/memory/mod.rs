@@ -20,6 +20,7 @@ mod region;
 
 pub(crate) use address_space::{AddressSpace, SlotAccess};
 pub(crate) use plug::PluggableMemory;
+pub(crate) use region::range_of;
 pub use region::{GuestRegions, Region};
 
 /// Guest RAM before the machine runs.

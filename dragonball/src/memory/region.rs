@@ -4,11 +4,12 @@ use std::sync::Arc;
 
 use vm_memory::bitmap::BS;
 use vm_memory::{
-    GuestAddress, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes, GuestRegionCollection, GuestRegionMmap,
-    GuestUsize, MemoryRegionAddress, MmapRegion, VolatileSlice,
+    GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryRegion, GuestMemoryRegionBytes,
+    GuestRegionCollection, GuestRegionMmap, GuestUsize, MemoryRegionAddress, MmapRegion, VolatileSlice,
 };
 
 use super::blocks::PluggedBlocks;
+use super::layout::Range;
 
 /// All regions of a guest's memory. The set never changes while the machine lives; what is plugged in one does.
 pub type GuestRegions = GuestRegionCollection<Region>;
@@ -96,9 +97,20 @@ impl GuestMemoryRegion for Region {
 
 impl GuestMemoryRegionBytes for Region {}
 
+/// Where `slice`, a piece of `memory` as its devices get it, lies in the guest.
+pub(crate) fn range_of(memory: &GuestRegions, slice: &VolatileSlice<'_>) -> Option<Range> {
+    let host = slice.ptr_guard().as_ptr() as u64;
+    let length = u64::try_from(slice.len()).ok().filter(|&length| length > 0)?;
+    memory.iter().find_map(|region| {
+        let pages = Range { start: region.mapping.as_ptr() as u64, length: region.len() };
+        let offset = pages.offset_of(host, slice.len())?;
+        Some(Range { start: region.start_addr().0 + offset, length })
+    })
+}
+
 #[cfg(test)]
 mod tests {
-    use vm_memory::{Bytes, GuestMemoryBackend};
+    use vm_memory::Bytes;
 
     use super::super::blocks::{BLOCK, Run};
     use super::*;

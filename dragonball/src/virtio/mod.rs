@@ -1,5 +1,6 @@
 //! Virtio: devices, and the PCI transport that carries them.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;

@@ -47,19 +47,13 @@ impl<T: Copy + PartialEq> Observed<T> {
         lock(&self.watchers).push(Box::new(watcher));
     }
 
-    /// Waits until `reached` is true of the value.
-    ///
-    /// # Errors
-    /// The value at `deadline`, if it never was.
-    pub(crate) fn wait(&self, deadline: Instant, mut reached: impl FnMut(T) -> bool) -> Result<T, T> {
+    /// Waits until `reached` is true of the value, at most until `deadline`; returns the value then.
+    pub(crate) fn wait(&self, deadline: Instant, mut reached: impl FnMut(T) -> bool) -> T {
         let mut value = lock(&self.value);
         loop {
-            if reached(*value) {
-                return Ok(*value);
-            }
             let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(*value);
+            if reached(*value) || left.is_zero() {
+                return *value;
             }
             value = self.changed.wait_timeout(value, left).unwrap_or_else(PoisonError::into_inner).0;
         }
@@ -86,12 +80,12 @@ mod tests {
         for value in [1, 1, 2] {
             observed.update(|current| *current = value);
         }
-        assert_eq!(waiter.join().unwrap(), Ok(2));
+        assert_eq!(waiter.join().unwrap(), 2);
         assert_eq!(receiver.try_iter().collect::<Vec<_>>(), [1, 2]);
     }
 
     #[test]
     fn a_wait_for_what_never_comes_ends_with_what_is_there() {
-        assert_eq!(Observed::new(5).wait(Instant::now(), |value| value == 6), Err(5));
+        assert_eq!(Observed::new(5).wait(Instant::now(), |value| value == 6), 5);
     }
 }

@@ -54,14 +54,15 @@ pub(crate) struct Ring {
 }
 
 impl Ring {
-    fn new(active: ActiveQueue, features: u64, interrupt: Arc<dyn Interrupt>) -> Self {
+    /// A ring with the agreed `features`.
+    pub(crate) fn new(active: ActiveQueue, features: u64, interrupt: Arc<dyn Interrupt>) -> Self {
         let ActiveQueue { index, mut queue, kick } = active;
         queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
         Self { index, queue, kick, interrupt, unsignalled: false }
     }
 
     /// Continues from where a saved device was. Kicks and interrupts of that time are lost: both are made up for.
-    fn resume(&mut self, position: RingPosition) -> Result<(), DeviceError> {
+    pub(crate) fn resume(&mut self, position: RingPosition) -> Result<(), DeviceError> {
         self.queue.set_next_avail(position.next_avail);
         self.queue.set_next_used(position.next_used);
         self.call_again()?;
@@ -136,6 +137,11 @@ impl Ring {
             self.interrupt.signal_queue(self.index);
         }
         Ok(())
+    }
+
+    /// The doorbell.
+    pub(crate) fn kick(&self) -> &EventFd {
+        &self.kick
     }
 
     /// Serves what is in the ring, at most one turn of it; `serve` says how many bytes it wrote.

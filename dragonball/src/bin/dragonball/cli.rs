@@ -75,6 +75,11 @@ pub(crate) struct Run {
     #[arg(long, value_name = "SIZE", value_parser = parse_size)]
     memory_max: Option<u64>,
 
+    /// Add a balloon, through which the guest gives memory back that it does not use: free pages by itself, others when it
+    /// is asked to.
+    #[arg(long)]
+    balloon: bool,
+
     /// A file that the guest sees as persistent memory (/dev/pmem0 and on); it does not change. Can be repeated.
     #[arg(long, value_name = "FILE[,ro]", value_parser = parse_image)]
     pmem: Vec<Image>,
@@ -161,6 +166,7 @@ impl From<Run> for MachineConfig {
             vcpus: run.cpus,
             memory: run.memory,
             memory_max: run.memory_max,
+            balloon: run.balloon,
             pmem: run.pmem.into_iter().map(|Image { path, read_only }| PmemConfig { path, read_only }).collect(),
             disks: run.disk.into_iter().map(|Image { path, read_only }| DiskConfig { path, read_only }).collect(),
             fs: run.fs,
@@ -196,6 +202,7 @@ mod tests {
             "1G",
             "--memory-max",
             "4G",
+            "--balloon",
             "--pmem",
             "a,ro",
             "--pmem",
@@ -221,6 +228,7 @@ mod tests {
             vcpus: 2,
             memory: 1 << 30,
             memory_max: Some(4 << 30),
+            balloon: true,
             pmem: vec![
                 PmemConfig { path: "a".into(), read_only: true },
                 PmemConfig { path: "b".into(), read_only: false },

@@ -6,6 +6,7 @@ use vm_memory::Bytes;
 
 use super::*;
 use crate::memory::listener::{Discard, DmaListener};
+use crate::memory::mapping::is_resident;
 use crate::memory::{GuestRam, layout};
 
 const BOOT: u64 = 32 << 20;
@@ -67,14 +68,6 @@ fn maps(address: u64) -> String {
         (parse(start)..parse(end)).contains(&address).then(|| rest[..4].to_owned())
     });
     found.unwrap()
-}
-
-/// Whether the page at `address` is in memory (bit 63 of its entry in `/proc/self/pagemap`, proc(5)).
-fn is_resident(address: u64) -> bool {
-    use std::os::unix::fs::FileExt;
-    let mut entry = [0; 8];
-    std::fs::File::open("/proc/self/pagemap").unwrap().read_exact_at(&mut entry, address / 4096 * 8).unwrap();
-    u64::from_le_bytes(entry) >> 63 == 1
 }
 
 struct Machine {

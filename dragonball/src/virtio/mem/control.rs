@@ -62,11 +62,10 @@ impl MemControl {
         self.state.watch(watcher);
     }
 
-    /// Waits until `reached` is true of the state. Not for the `vmm` thread, which the guest is served by.
-    ///
-    /// # Errors
-    /// The state at `deadline`, if it never was.
-    pub fn wait(&self, deadline: Instant, reached: impl FnMut(MemState) -> bool) -> Result<MemState, MemState> {
+    /// Waits until `reached` is true of the state, at most until `deadline`; returns the state then. Not for the `vmm`
+    /// thread, which the guest is served by.
+    #[must_use]
+    pub fn wait(&self, deadline: Instant, reached: impl FnMut(MemState) -> bool) -> MemState {
         self.state.wait(deadline, reached)
     }
 }

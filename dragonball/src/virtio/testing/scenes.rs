@@ -10,9 +10,10 @@ use std::sync::Arc;
 use tempfile::{NamedTempFile, TempDir};
 
 use super::script::{Scene, Script, run};
-use super::{Harness, PLUGGABLE_START, harness_memory};
+use super::{Harness, MEMORY_SIZE, PLUGGABLE_START, harness_memory};
 use crate::memory::PluggableMemory;
 use crate::memory::listener::DmaListeners;
+use crate::virtio::balloon::{Balloon, BalloonControl};
 use crate::virtio::blk::{Blk, Resizer};
 use crate::virtio::fs::Fs;
 use crate::virtio::mem::{Mem, MemControl};
@@ -202,6 +203,44 @@ impl Scene for Memory {
     fn host(&mut self, script: &mut Script<'_>) {
         let bytes = u64::from(script.half()) << 12;
         assert!(self.control.set_requested(bytes).expect("an event") <= MEM_SIZE);
+    }
+}
+
+/// A balloon at work in a guest without a VM, and who else reaches its memory.
+pub(crate) fn balloon_harness() -> (Harness<Balloon>, DmaListeners) {
+    let memory = harness_memory(Some(MEM_SIZE));
+    let listeners = DmaListeners::new(Arc::clone(&memory));
+    let mut harness = Harness::idle_in(memory, Balloon::new(listeners.clone(), MEMORY_SIZE).expect("a device"));
+    harness.activate().expect("activation");
+    (harness, listeners)
+}
+
+/// Runs a program on a balloon that the host wants larger and smaller.
+pub fn balloon(bytes: &[u8]) {
+    let (mut harness, _listeners) = balloon_harness();
+    let control = harness.device.control();
+    run(&mut harness, Script::new(bytes), &mut Pages { control });
+}
+
+struct Pages {
+    control: BalloonControl,
+}
+
+impl Scene for Pages {
+    /// Numbers of pages that mostly exist.
+    fn request(&mut self, script: &mut Script<'_>) -> Vec<u8> {
+        let first = u32::from(script.half());
+        let pages = (0..u32::from(script.byte())).map(|page| first + page * u32::from(script.byte() % 3));
+        pages.flat_map(u32::to_le_bytes).collect()
+    }
+
+    fn host(&mut self, script: &mut Script<'_>) {
+        if script.byte() & 1 == 0 {
+            self.control.request_stats().expect("an event");
+        } else {
+            let target = self.control.set_target(u64::from(script.word())).expect("an event");
+            assert!(target <= MEMORY_SIZE);
+        }
     }
 }
 
