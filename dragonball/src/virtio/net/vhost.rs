@@ -13,7 +13,7 @@ use vhost::vhost_kern::net::Net as KernelNet;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use crate::virtio::device::{EventRegistry, GuestMemory};
@@ -72,7 +72,7 @@ impl Vhost {
             return Err(vhost::Error::VhostOpen(io::ErrorKind::Unsupported.into()));
         }
         kernel.set_features(wanted)?;
-        kernel.set_mem_table(&regions(&self.memory))?;
+        kernel.set_mem_table(&regions(&self.memory)?)?;
         for (index, (ring, call)) in rings.into_iter().zip(&self.calls).enumerate() {
             let layout = ring.layout();
             kernel.set_vring_num(index, layout.size)?;
@@ -157,17 +157,20 @@ impl Vhost {
     }
 }
 
-fn regions(memory: &GuestMemory) -> Vec<VhostUserMemoryRegionInfo> {
-    memory
-        .iter()
-        .map(|region| VhostUserMemoryRegionInfo {
+/// Where the regions of guest memory lie in this process.
+fn regions(memory: &GuestMemory) -> vhost::Result<Vec<VhostUserMemoryRegionInfo>> {
+    fn place<R: GuestMemoryRegion>(region: &R) -> vhost::Result<VhostUserMemoryRegionInfo> {
+        let start =
+            region.get_host_address(MemoryRegionAddress(0)).map_err(|_| vhost::Error::InvalidGuestMemoryRegion)?;
+        Ok(VhostUserMemoryRegionInfo {
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
+            userspace_addr: start as u64,
             mmap_offset: 0,
             mmap_handle: -1,
         })
-        .collect()
+    }
+    memory.iter().map(place).collect()
 }
 
 fn into_io(error: vhost::Error) -> io::Error {
