@@ -59,6 +59,13 @@ pub trait Interrupt: Send + Sync {
     fn signal_queue(&self, index: u16);
     /// The device configuration changed.
     fn signal_config(&self);
+    /// An event that interrupts the guest for queue `index` when it is written, until the device is reset: for the host
+    /// kernel, which then needs no thread of ours. Masks and vectors are the guest's as ever. `None` where there is no such
+    /// thing; [`Self::signal_queue`] does it then.
+    fn queue_event(&self, index: u16) -> Option<EventFd> {
+        let _ = index;
+        None
+    }
 }
 
 /// The event loop as a device sees it. Tokens are the device's own numbers; they come back in
