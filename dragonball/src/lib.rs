@@ -4,6 +4,8 @@
 //! handle on it. The machine's threads are `vmm`, which owns all devices, and one `vcpuN` per vCPU.
 
 pub mod config;
+pub mod control_socket;
+pub mod manage;
 pub mod virtio;
 
 mod acpi;
@@ -23,8 +25,8 @@ mod vm;
 
 pub use boot::BootError;
 pub use config::{
-    ConfigError, ConsoleOutput, DiskConfig, FsConfig, MacAddress, MachineConfig, NetConfig, PmemConfig, TapDescriptors,
-    TapSource, VhostMode, VsockConfig,
+    ConfigError, ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MacAddress, MachineConfig, NetConfig, PmemConfig,
+    TapDescriptors, TapSource, VhostMode, VsockConfig,
 };
 pub use kvm::KvmError;
 pub use machine::{StartError, start};

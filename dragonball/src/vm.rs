@@ -8,6 +8,7 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Request};
+use crate::manage::Manager;
 use crate::virtio::console::ConsoleTail;
 
 /// Why a machine ended.
@@ -138,6 +139,12 @@ impl Vm {
     #[must_use]
     pub fn exit_reason(&self) -> Option<ExitReason> {
         self.shared.exit_reason.get().cloned()
+    }
+
+    /// What changes the machine while it runs.
+    #[must_use]
+    pub fn manager(&self) -> Manager {
+        Manager::new(self.control.clone())
     }
 
     /// Asks the machine to end at once, as a power cut would. Returns without waiting for it; the exit event tells.

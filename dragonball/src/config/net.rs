@@ -15,7 +15,7 @@ pub const MTU_MIN: u16 = 68;
 const INTERFACE_NAME_MAX: usize = 15;
 
 /// A network card of the guest, joined to a tap interface of the host.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
 pub struct NetConfig {
     /// The tap interface.
     pub tap: TapSource,
@@ -42,7 +42,8 @@ impl NetConfig {
 }
 
 /// Where the tap interface of a card comes from.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum TapSource {
     /// The interface of this name in the network namespace of the thread that starts the machine. One that is not there
     /// is made, set up, and gone again when the machine ends.
@@ -52,7 +53,8 @@ pub enum TapSource {
         /// Number of queue pairs, 1 to [`NET_QUEUES_MAX`]. More than one need an interface made with `multi_queue`.
         queues: u16,
     },
-    /// Open descriptors of one tap interface, one per queue pair.
+    /// Open descriptors of one tap interface, one per queue pair. They are of this process: no message carries them.
+    #[serde(skip)]
     Descriptors(TapDescriptors),
 }
 
@@ -86,7 +88,8 @@ impl PartialEq for TapDescriptors {
 impl Eq for TapDescriptors {}
 
 /// Whether the packets of a card are moved by the host kernel (`/dev/vhost-net`) or by the `vmm` thread.
-#[derive(Clone, Copy, Debug, Default, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
 pub enum VhostMode {
     /// By the kernel where it can, by the `vmm` thread otherwise.
     #[default]
@@ -98,7 +101,8 @@ pub enum VhostMode {
 }
 
 /// The address of a card: a unicast one.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Clone, Copy, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
+#[serde(try_from = "String", into = "String")]
 pub struct MacAddress([u8; 6]);
 
 impl MacAddress {
@@ -132,6 +136,20 @@ impl fmt::Display for MacAddress {
     }
 }
 
+impl From<MacAddress> for String {
+    fn from(address: MacAddress) -> Self {
+        address.to_string()
+    }
+}
+
+impl TryFrom<String> for MacAddress {
+    type Error = ConfigError;
+
+    fn try_from(text: String) -> Result<Self, ConfigError> {
+        text.parse()
+    }
+}
+
 impl FromStr for MacAddress {
     type Err = ConfigError;
 
@@ -147,25 +165,32 @@ impl FromStr for MacAddress {
     }
 }
 
+impl NetConfig {
+    /// Checks what can be checked without opening the tap interface.
+    pub(super) fn validate(&self) -> Result<(), ConfigError> {
+        let queues = match &self.tap {
+            TapSource::Name { name, queues } => {
+                check_interface_name(name)?;
+                usize::from(*queues)
+            }
+            TapSource::Descriptors(descriptors) => descriptors.as_slice().len(),
+        };
+        if !(1..=usize::from(NET_QUEUES_MAX)).contains(&queues) {
+            return Err(ConfigError::NetQueues { given: queues });
+        }
+        match self.mtu {
+            Some(mtu) if mtu < MTU_MIN => Err(ConfigError::Mtu(mtu)),
+            _ => Ok(()),
+        }
+    }
+}
+
 impl MachineConfig {
-    /// Checks the network cards.
-    pub(super) fn validate_net(&self) -> Result<(), ConfigError> {
+    /// Checks that each card has its own tap interface.
+    pub(super) fn validate_taps(&self) -> Result<(), ConfigError> {
         for (index, net) in self.net.iter().enumerate() {
             if self.net.iter().take(index).any(|other| other.tap == net.tap) {
                 return Err(ConfigError::TapTwice(net.tap.to_string()));
-            }
-            let queues = match &net.tap {
-                TapSource::Name { name, queues } => {
-                    check_interface_name(name)?;
-                    usize::from(*queues)
-                }
-                TapSource::Descriptors(descriptors) => descriptors.as_slice().len(),
-            };
-            if !(1..=usize::from(NET_QUEUES_MAX)).contains(&queues) {
-                return Err(ConfigError::NetQueues { given: queues });
-            }
-            if let Some(mtu) = net.mtu.filter(|mtu| *mtu < MTU_MIN) {
-                return Err(ConfigError::Mtu(mtu));
             }
         }
         Ok(())
@@ -197,7 +222,8 @@ mod tests {
 
     fn refusal(net: Vec<NetConfig>) -> String {
         let config = MachineConfig { net, ..MachineConfig::new("vmlinux") };
-        config.validate_net().unwrap_err().to_string()
+        let cards = config.net.iter().try_for_each(NetConfig::validate);
+        config.validate_taps().and(cards).unwrap_err().to_string()
     }
 
     #[test]

@@ -5,15 +5,15 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
-use kvm_ioctls::VmFd;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
 
-use self::layout::Range;
 use crate::virtio::device::GuestMemory;
 
+mod address_space;
 pub(crate) mod layout;
 pub(crate) mod mapping;
+
+pub(crate) use address_space::{AddressSpace, SlotAccess, SlotId};
 
 /// Guest RAM before the machine runs.
 #[derive(Clone, Debug)]
@@ -86,61 +86,6 @@ impl GuestRam {
             file_offset += done;
             address += done;
         }
-        Ok(())
-    }
-}
-
-/// Memory that KVM shows to the guest: numbers the slots.
-#[derive(Debug)]
-pub(crate) struct AddressSpace {
-    vm: Arc<VmFd>,
-    next_slot: u32,
-}
-
-impl AddressSpace {
-    pub(crate) fn new(vm: Arc<VmFd>) -> Self {
-        Self { vm, next_slot: 0 }
-    }
-
-    /// Shows all of `ram` to the guest.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub(crate) fn add_ram(&mut self, ram: &GuestRam) -> io::Result<()> {
-        for region in ram.memory.iter() {
-            let range = Range { start: region.start_addr().0, length: region.len() };
-            // SAFETY: the region is mapped as long as the guest memory, which outlives the vCPUs: the `vmm` thread
-            // holds it until it has joined them.
-            unsafe { self.add(range, region.as_ptr() as u64, 0)? };
-        }
-        Ok(())
-    }
-
-    /// Shows the host mapping at `host` as `range` to the guest, writes refused when `read_only`.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    ///
-    /// # Safety
-    /// `host` must be a mapping of at least the range's length that stays in place until the vCPUs have ended.
-    pub(crate) unsafe fn add_device_memory(&mut self, range: Range, host: u64, read_only: bool) -> io::Result<()> {
-        // SAFETY: as the caller promises.
-        unsafe { self.add(range, host, if read_only { KVM_MEM_READONLY } else { 0 }) }
-    }
-
-    /// # Safety
-    /// As [`Self::add_device_memory`].
-    unsafe fn add(&mut self, range: Range, host: u64, flags: u32) -> io::Result<()> {
-        let region = kvm_userspace_memory_region {
-            slot: self.next_slot,
-            flags,
-            guest_phys_addr: range.start,
-            memory_size: range.length,
-            userspace_addr: host,
-        };
-        // SAFETY: as the caller promises.
-        unsafe { self.vm.set_user_memory_region(region)? };
-        self.next_slot += 1;
         Ok(())
     }
 }

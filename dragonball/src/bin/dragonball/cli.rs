@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::ctl::Ctl;
 use clap::{Args, Parser, Subcommand};
 use dragonball::{
     ConsoleOutput, DiskConfig, FsConfig, MachineConfig, NetConfig, PmemConfig, TapSource, VhostMode, VsockConfig,
@@ -21,6 +22,8 @@ pub(crate) enum Command {
     /// Boots a Linux kernel and waits for the machine's end.
     #[command(after_help = EXIT_STATUS)]
     Run(Box<Run>),
+    /// Changes a running machine: devices and vCPUs come and go.
+    Ctl(Ctl),
 }
 
 const EXAMPLES: &str = "\
@@ -72,6 +75,14 @@ pub(crate) struct Run {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u8,
+
+    /// The most vCPUs that the machine may get while it runs.
+    #[arg(long, value_name = "N", requires = "control")]
+    max_cpus: Option<u8>,
+
+    /// Make a control socket here, for `dragonball ctl`: devices and vCPUs can come and go.
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) control: Option<PathBuf>,
 
     /// Guest memory, a multiple of 2 MiB.
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
@@ -126,9 +137,9 @@ pub(crate) struct Run {
 
 /// An image file of a device.
 #[derive(Clone)]
-struct Image {
-    path: PathBuf,
-    read_only: bool,
+pub(crate) struct Image {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
@@ -145,12 +156,12 @@ fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than 64 bits can hold"))
 }
 
-fn parse_image(text: &str) -> Result<Image, String> {
+pub(crate) fn parse_image(text: &str) -> Result<Image, String> {
     let (path, read_only) = text.strip_suffix(",ro").map_or((text, false), |path| (path, true));
     if path.is_empty() { Err("give a file".to_owned()) } else { Ok(Image { path: path.into(), read_only }) }
 }
 
-fn parse_net(text: &str) -> Result<NetConfig, String> {
+pub(crate) fn parse_net(text: &str) -> Result<NetConfig, String> {
     const KEYS: &str = "use tap, mac, mtu, queues and vhost, each at most once";
     let (mut config, mut name, mut queues) = (NetConfig::new(""), None, 1);
     let mut seen = Vec::new();
@@ -184,7 +195,7 @@ fn parse_vhost(text: &str) -> Result<VhostMode, String> {
     }
 }
 
-fn parse_fs(text: &str) -> Result<FsConfig, String> {
+pub(crate) fn parse_fs(text: &str) -> Result<FsConfig, String> {
     match text.split_once('=') {
         Some((tag, directory)) if !tag.is_empty() && !directory.is_empty() => {
             Ok(FsConfig { tag: tag.to_owned(), directory: directory.into() })
@@ -213,6 +224,8 @@ impl From<Run> for MachineConfig {
             vsock: run.vsock.map(|socket| VsockConfig { guest_cid, socket }),
             console: run.console.unwrap_or_default(),
             debug_uart: run.debug_uart.unwrap_or_default(),
+            vcpus_max: run.max_cpus,
+            hot_plug: run.control.is_some(),
             boot_timer: run.boot_timer,
             ..Self::new(run.kernel)
         }
@@ -225,43 +238,20 @@ mod tests {
 
     fn config(arguments: &[&str]) -> MachineConfig {
         let all = ["dragonball", "run", "--kernel", "vmlinux"].iter().chain(arguments);
-        let Command::Run(run) = Cli::try_parse_from(all).unwrap().command;
-        (*run).into()
+        match Cli::try_parse_from(all).unwrap().command {
+            Command::Run(run) => (*run).into(),
+            Command::Ctl(_) => panic!("not a machine"),
+        }
     }
 
     #[test]
     fn every_option_reaches_the_machine() {
-        let machine = config(&[
-            "--initrd",
-            "initrd",
-            "--cmdline",
-            "-x one=1",
-            "--cpus",
-            "2",
-            "--memory",
-            "1G",
-            "--pmem",
-            "a,ro",
-            "--pmem",
-            "b",
-            "--disk",
-            "c",
-            "--net",
-            "tap=tap0",
-            "--net",
-            "vhost=off,queues=4,mtu=9000,mac=02:00:00:00:00:07,tap=tap1",
-            "--fs",
-            "tag=/dir=1",
-            "--vsock",
-            "sock",
-            "--vsock-cid",
-            "7",
-            "--console",
-            "-",
-            "--debug-uart",
-            "log",
-            "--boot-timer",
-        ]);
+        let options = "--initrd initrd --cpus 2 --memory 1G --pmem a,ro --pmem b --disk c --net tap=tap0 \
+            --net vhost=off,queues=4,mtu=9000,mac=02:00:00:00:00:07,tap=tap1 --fs tag=/dir=1 --vsock sock --vsock-cid 7 \
+            --console - --debug-uart log --boot-timer --control control --max-cpus 4";
+        let mut options: Vec<_> = options.split_whitespace().collect();
+        options.extend(["--cmdline", "-x one=1"]);
+        let machine = config(&options);
         let expected = MachineConfig {
             kernel: "vmlinux".into(),
             initrd: Some("initrd".into()),
@@ -286,6 +276,8 @@ mod tests {
             vsock: Some(VsockConfig { guest_cid: 7, socket: "sock".into() }),
             console: ConsoleOutput::Stdio,
             debug_uart: ConsoleOutput::File("log".into()),
+            vcpus_max: Some(4),
+            hot_plug: true,
             boot_timer: true,
         };
         assert_eq!(machine, expected);
