@@ -63,6 +63,13 @@ pub trait Interrupt: Send + Sync {
     /// The driver reads `config` as the device configuration from now on. For a change that the driver itself asked for by
     /// a request: it may look as soon as that is answered, and no signal tells it.
     fn set_config(&self, config: Vec<u8>);
+    /// An event that interrupts the guest for queue `index` when it is written, until the device is reset: for the host
+    /// kernel, which then needs no thread of ours. Masks and vectors are the guest's as ever. `None` where there is no such
+    /// thing; [`Self::signal_queue`] does it then.
+    fn queue_event(&self, index: u16) -> Option<EventFd> {
+        let _ = index;
+        None
+    }
 }
 
 /// The event loop as a device sees it. Tokens are the device's own numbers; they come back in

@@ -206,6 +206,11 @@ impl Ring {
         self.interrupt.signal_queue(self.index);
     }
 
+    /// An event by which the host kernel interrupts the driver, where there is such a thing.
+    pub(crate) fn interrupt_event(&self) -> Option<EventFd> {
+        self.interrupt.queue_event(self.index)
+    }
+
     /// The doorbell.
     pub(crate) fn kick(&self) -> &EventFd {
         &self.kick
