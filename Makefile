@@ -66,9 +66,13 @@ unit: deps
 	cargo test --locked --workspace --profile $(PROFILE)
 
 # The host's KVM was tested by `unit`, if it has one; the lab's is another.
-guests: build ## Small guests on the lab's KVM
-	program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test machine --no-run 2>&1 \
-	    | sed -n 's/.*(\(.*\/machine-[0-9a-f]*\))$$/\1/p') && $(OUT)/run-suites program "$$program" --report target/suites
+guests: build ## Small guests on the lab's KVM, and Linux guests that change while they run
+	@set -o pipefail; for test in machine linux; do \
+	    program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test $$test --no-run 2>&1 | tee /dev/stderr \
+	        | sed -n "s/.*(\(.*\/$$test-[0-9a-f]*\))$$/\1/p") || exit 1; \
+	    kernel=; if [ $$test = linux ]; then kernel="--kernel target/kernel/vmlinux"; fi; \
+	    $(OUT)/run-suites program "$$program" --report target/suites $$kernel || exit 1; \
+	done
 
 suites: dist images guests ## Small guests, and end-to-end suites against containerd 1.7 and 2.1
 	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/suites

@@ -41,6 +41,9 @@ enum Action {
         /// Where to write the log.
         #[arg(long, value_name = "DIRECTORY")]
         report: PathBuf,
+        /// A guest kernel for the program's Linux guests, whose shell is this machine's busybox.
+        #[arg(long, value_name = "FILE")]
+        kernel: Option<PathBuf>,
     },
     /// Runs real images in VMs and shows their output and a timeline.
     Demo {
@@ -74,7 +77,7 @@ const LAB_SLOWNESS: &str = "10";
 
 fn main() -> Result<ExitCode> {
     let (parts, program, arguments, snapshots) = match Arguments::parse().action {
-        Action::Program { program, report } => return alone_in_the_lab(&program, &report),
+        Action::Program { program, report, kernel } => return alone(&program, &report, kernel.as_deref()),
         Action::Test { parts, filter, snapshot } => {
             let snapshots = snapshot.map_or_else(|| vec![Snapshot::Base, Snapshot::Containerd21], |one| vec![one]);
             (parts, "suites", filter.into_iter().collect::<Vec<_>>(), snapshots)
@@ -149,19 +152,34 @@ fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snap
     Ok(status == Status::Exited(0))
 }
 
-fn alone_in_the_lab(program: &Path, report: &Path) -> Result<ExitCode> {
+/// The guest kernel and the shell of a test program's Linux guests.
+const KERNEL: &str = "TATAMI_TEST_KERNEL";
+const BUSYBOX: &str = "TATAMI_TEST_BUSYBOX";
+
+fn alone(program: &Path, report: &Path, kernel: Option<&Path>) -> Result<ExitCode> {
     let name =
         program.file_name().with_context(|| format!("{} names no program", program.display()))?.to_string_lossy();
     if lab::probe::probe().hardware {
-        println!("{name} ran on this host's own KVM, with the unit tests");
-        return Ok(ExitCode::SUCCESS);
+        let Some(kernel) = kernel else {
+            println!("{name} ran on this host's own KVM, with the unit tests");
+            return Ok(ExitCode::SUCCESS);
+        };
+        let status = Command::new(program).env(KERNEL, kernel).status();
+        let status = status.with_context(|| format!("Cannot run {}", program.display()))?;
+        return Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     fs::create_dir_all(report).with_context(|| format!("Cannot create {}", report.display()))?;
     println!("{name} in the lab");
     let machine = Machine::restore(Snapshot::Base, &format!("program-{}", std::process::id()))?;
     machine.push(program, "/root/bin/program")?;
     let log = Log::create(&report.join(format!("{name}.log")))?;
-    let status = stream(&machine, &lab::Command::new("/root/bin/program"), log)?;
+    let mut command = lab::Command::new("/root/bin/program");
+    if let Some(kernel) = kernel {
+        machine.push(kernel, "/root/bin/vmlinux")?;
+        machine.push(Path::new("/usr/bin/busybox"), "/root/bin/busybox")?;
+        command = command.env(KERNEL, "/root/bin/vmlinux").env(BUSYBOX, "/root/bin/busybox");
+    }
+    let status = stream(&machine, &command, log)?;
     machine.end()?;
     Ok(if status == Status::Exited(0) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

@@ -5,8 +5,9 @@
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dragonball::{ConsoleOutput, ExitReason, MachineConfig, Vm, start};
@@ -16,6 +17,7 @@ use tempfile::TempDir;
 const PATIENCE: Duration = Duration::from_secs(120);
 /// A line that no command prints.
 const END: &str = "=end=";
+/// The guest's shell, where `TATAMI_TEST_BUSYBOX` names no other.
 const BUSYBOX: &str = "/usr/bin/busybox";
 /// What the guest's first process does: it makes the usual places, and then what it is told.
 const INIT: &str = "#!/bin/busybox sh
@@ -41,24 +43,28 @@ pub(crate) fn kernel() -> Option<PathBuf> {
     kernel
 }
 
+/// Held by the guest that runs.
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
 /// A guest that runs.
 pub(crate) struct Guest {
     pub(crate) vm: Vm,
     input: File,
     lines: Receiver<String>,
-    _directory: TempDir,
+    directory: TempDir,
+    _turn: MutexGuard<'static, ()>,
 }
 
 impl Guest {
     /// Starts the machine of `config` with a shell on its console, and waits for it.
     pub(crate) fn start(config: MachineConfig) -> Self {
+        // A test that failed with the turn has left nothing that another one would meet.
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let directory = tempfile::tempdir().unwrap();
         let initrd = directory.path().join("initrd");
-        std::fs::write(
-            &initrd,
-            archive(&[("bin/busybox", &std::fs::read(BUSYBOX).unwrap()), ("init", INIT.as_bytes())]),
-        )
-        .unwrap();
+        let busybox = std::env::var_os("TATAMI_TEST_BUSYBOX").unwrap_or_else(|| BUSYBOX.into());
+        let files = [("bin/busybox", &std::fs::read(busybox).unwrap()[..]), ("init", INIT.as_bytes())];
+        std::fs::write(&initrd, archive(&files)).unwrap();
         let config = MachineConfig {
             initrd: Some(initrd),
             cmdline: format!("{} console=hvc0 loglevel=4 rdinit=/init", config.cmdline),
@@ -78,9 +84,14 @@ impl Guest {
                 }
             }
         });
-        let guest = Self { vm, input: File::from(std::os::fd::OwnedFd::from(input)), lines, _directory: directory };
+        let guest = Self { vm, input: File::from(std::os::fd::OwnedFd::from(input)), lines, directory, _turn: turn };
         guest.until_end();
         guest
+    }
+
+    /// A directory that goes away with the guest.
+    pub(crate) fn directory(&self) -> &Path {
+        self.directory.path()
     }
 
     /// Runs `command` in the guest's shell and returns what it printed.
