@@ -13,6 +13,8 @@ pub const MEMORY_MIN: u64 = 32 << 20;
 pub const VCPUS_MAX: u8 = 254;
 /// The longest kernel command line that Linux takes on x86 (`COMMAND_LINE_SIZE` in its `asm/setup.h`), its NUL included.
 pub const CMDLINE_MAX: usize = 2048;
+/// The largest number of a clique: the capability has four bits for it.
+pub const CLIQUE_MAX: u8 = 15;
 /// The most devices of one machine: the slots of PCI bus 0 less the host bridge.
 pub const DEVICES_MAX: usize = 31;
 
@@ -38,6 +40,8 @@ pub struct MachineConfig {
     pub fs: Vec<FsConfig>,
     /// The socket device.
     pub vsock: Option<VsockConfig>,
+    /// Devices of the host that belong to the guest, each with its whole IOMMU group.
+    pub vfio: Vec<VfioConfig>,
     /// Where the virtio console's output goes; [`ConsoleOutput::None`] leaves the device out.
     pub console: ConsoleOutput,
     /// Where the output of a 16550 UART at port 0x3f8 goes; [`ConsoleOutput::None`] leaves it out. With one, the kernel
@@ -62,6 +66,7 @@ impl MachineConfig {
             disks: Vec::new(),
             fs: Vec::new(),
             vsock: None,
+            vfio: Vec::new(),
             console: ConsoleOutput::None,
             debug_uart: ConsoleOutput::None,
             boot_timer: false,
@@ -104,6 +109,18 @@ pub struct VsockConfig {
     /// Unix socket that the machine listens on: a peer writes `CONNECT <port>\n` to reach a guest port; the guest
     /// reaches host port P where somebody listens on this path with `_P` appended.
     pub socket: PathBuf,
+}
+
+/// A device of the host that belongs to the guest, with all functions of its IOMMU group.
+#[derive(Clone, Debug, Eq, PartialEq)]
+pub struct VfioConfig {
+    /// Its directory in sysfs (`/sys/bus/pci/devices/0000:01:00.0`) or its address alone, the file of its group
+    /// (`/dev/vfio/7`), or its own device file (`/dev/vfio/devices/vfio0`).
+    pub path: PathBuf,
+    /// NVIDIA's number, 0 to [`CLIQUE_MAX`], of the devices whose guest drivers may access each other's memory.
+    pub clique: Option<u8>,
+    /// Whether other devices of the machine may access the memory of this one.
+    pub peer_to_peer: bool,
 }
 
 /// Where console output goes.
@@ -196,6 +213,9 @@ pub enum ConfigError {
         /// How many were asked for.
         given: usize,
     },
+    /// A clique that the capability has no number for.
+    #[error("The clique {0} is out of range: give 0 to {CLIQUE_MAX}")]
+    Clique(u8),
     /// Two consoles on standard input and output.
     #[error("The console and the debug UART cannot both use standard input and output: send one of them to a file")]
     StdioTwice,
@@ -269,6 +289,9 @@ impl MachineConfig {
                 return Err(ConfigError::SocketPath { path: vsock.socket.clone(), max: SOCKET_PATH_MAX });
             }
         }
+        if let Some(clique) = self.vfio.iter().filter_map(|vfio| vfio.clique).find(|clique| *clique > CLIQUE_MAX) {
+            return Err(ConfigError::Clique(clique));
+        }
         if self.console == ConsoleOutput::Stdio && self.debug_uart == ConsoleOutput::Stdio {
             return Err(ConfigError::StdioTwice);
         }
@@ -302,8 +325,8 @@ impl MachineConfig {
     /// bus either, whose probing would take the guest longer than all the rest of the machine.
     pub(crate) fn device_count(&self) -> usize {
         let console = usize::from(self.console != ConsoleOutput::None);
-        let asked_for =
-            self.pmem.len() + self.disks.len() + self.fs.len() + usize::from(self.vsock.is_some()) + console;
+        let vsock = usize::from(self.vsock.is_some());
+        let asked_for = self.pmem.len() + self.disks.len() + self.fs.len() + vsock + self.vfio.len() + console;
         if asked_for > 0 { asked_for + 1 } else { 0 }
     }
 }

@@ -19,10 +19,13 @@ mod pci;
 mod platform;
 mod threads;
 mod vcpu;
+mod vfio;
 mod vm;
 
 pub use boot::BootError;
-pub use config::{ConfigError, ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VsockConfig};
+pub use config::{
+    ConfigError, ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VfioConfig, VsockConfig,
+};
 pub use kvm::KvmError;
 pub use machine::{StartError, start};
 pub use vm::{ExitReason, Vm};

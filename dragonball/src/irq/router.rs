@@ -16,7 +16,7 @@ use super::ioapic::PINS;
 
 /// A global system interrupt: the number of a route.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub(crate) struct Gsi(u32);
+pub(crate) struct Gsi(pub(crate) u32);
 
 /// KVM takes up to 4096 routes; the IOAPIC's pins come first.
 const GSI_END: u32 = 4096;

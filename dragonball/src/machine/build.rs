@@ -18,9 +18,10 @@ use crate::control;
 use crate::irq::ioapic::IoApic;
 use crate::irq::router::IrqRouter;
 use crate::kvm::refused;
-use crate::memory::layout::HighMemory;
+use crate::memory::layout::{HighMemory, PCI_32};
 use crate::memory::{AddressSpace, GuestRam};
 use crate::pci::bus::PciBus;
+use crate::pci::windows::Windows;
 use crate::vcpu::{self, cpuid, registers};
 use crate::virtio::pci::Hardware;
 use crate::vm::{Shared, Vm};
@@ -51,6 +52,7 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
         bus: PciBus::default(),
         high: HighMemory::above(config.memory, host::address_bits()),
         address_space,
+        windows: Windows::new(PCI_32, None),
         workers: Vec::new(),
     };
     devices.add_all(config, &shared)?;

@@ -10,12 +10,14 @@ use vm_memory::GuestAddress;
 
 use super::StartError;
 use super::event_loop::DeviceWorker;
-use crate::config::{ConsoleOutput, MachineConfig, PmemConfig};
+use crate::config::{ConsoleOutput, MachineConfig, PmemConfig, VfioConfig};
 use crate::irq::ioapic::IoApic;
-use crate::memory::layout::{HighMemory, PCI_32};
+use crate::memory::layout::HighMemory;
 use crate::memory::{AddressSpace, SlotAccess};
 use crate::pci::bus::PciBus;
+use crate::pci::windows::{BarRequest, Windows};
 use crate::platform::uart::Uart;
+use crate::vfio;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
 use crate::virtio::device::VirtioDevice;
@@ -32,6 +34,7 @@ pub(super) struct Devices {
     pub(super) bus: PciBus,
     pub(super) high: HighMemory,
     pub(super) address_space: AddressSpace,
+    pub(super) windows: Windows,
     pub(super) workers: Vec<DeviceWorker>,
 }
 
@@ -65,14 +68,38 @@ impl Devices {
             shared.add_console(console.tail());
             self.add("console", Box::new(console))?;
         }
+        self.add_vfio(&config.vfio)
+    }
+
+    /// Gives devices of the host to the guest. They come last, because their memory lies above everything else.
+    fn add_vfio(&mut self, configs: &[VfioConfig]) -> Result<(), StartError> {
+        if configs.is_empty() {
+            return Ok(());
+        }
+        self.windows.set_high(self.high.pci_window());
+        let services = vfio::Services {
+            slots: Arc::new(self.address_space.clone()),
+            routes: Arc::clone(&self.hardware.router) as _,
+            windows: self.windows.ranges(),
+        };
+        let vm = Arc::clone(&self.hardware.vm);
+        let mut passthrough = vfio::Passthrough::new(vm, Arc::clone(&self.hardware.memory), services);
+        for config in configs {
+            let slots = passthrough.attach(config, &mut self.windows).map_err(refused("vfio"))?;
+            for slot in slots {
+                let functions = slot.into_iter().map(|(number, function)| (number, function as _)).collect();
+                let no_slot = || refused("vfio")("the PCI bus has no slot left");
+                self.bus.add_device(functions).ok_or_else(no_slot)?;
+            }
+        }
         Ok(())
     }
 
     /// Gives a device its transport and its slot.
     fn add(&mut self, name: &'static str, device: Box<dyn VirtioDevice>) -> Result<(), StartError> {
         let number = self.workers.len();
-        // There are at most 32 functions of 16 KiB in a window of more than 600 MiB.
-        let address = PCI_32.start + u64::from(REGION_LENGTH) * number as u64;
+        let places = self.windows.place(&[BarRequest::registers(u64::from(REGION_LENGTH))]).map_err(refused(name))?;
+        let address = places.first().map_or(0, |place| place.start);
         let address = u32::try_from(address).map_err(io::Error::other).map_err(refused(name))?;
         let transport =
             Transport::new(self.hardware.clone(), device.as_ref(), number, address).map_err(refused(name))?;

@@ -13,7 +13,7 @@ mod address_space;
 pub(crate) mod layout;
 pub(crate) mod mapping;
 
-pub(crate) use address_space::{AddressSpace, SlotAccess};
+pub(crate) use address_space::{AddressSpace, SlotAccess, SlotId};
 
 /// Guest RAM before the machine runs.
 #[derive(Clone, Debug)]

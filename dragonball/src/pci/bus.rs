@@ -12,18 +12,28 @@ const SLOTS: usize = 32;
 const FUNCTION_SHIFT: u32 = 12;
 const SLOT_SHIFT: u32 = 15;
 
-/// All PCI functions of the machine. A slot has function 0 alone. Slot 0 stays empty: a host bridge would be there, but
+/// How many functions a slot can have.
+const FUNCTIONS: usize = 8;
+
+/// The functions of a slot, by their numbers. A guest looks for the others only where there is function 0.
+type Slot = [Option<Arc<dyn PciFunction>>; FUNCTIONS];
+
+/// All PCI functions of the machine. Slot 0 stays empty: a host bridge would be there, but
 /// the guest has no use for it and would spend time on it.
 #[derive(Default)]
 pub(crate) struct PciBus {
-    slots: RwLock<[Option<Arc<dyn PciFunction>>; SLOTS]>,
+    slots: RwLock<[Slot; SLOTS]>,
     /// Who answers to which addresses. Changes while the guest sets its devices up, hardly ever after.
     ranges: RwLock<Vec<Decoded>>,
 }
 
+/// A slot, and a function of it.
+type Place = (usize, usize);
+
 struct Decoded {
     range: Range,
-    slot: usize,
+    /// Slot and number of the function.
+    place: Place,
     bar: u8,
     function: Arc<dyn PciFunction>,
 }
@@ -31,27 +41,36 @@ struct Decoded {
 impl PciBus {
     /// Puts `function` into the first free slot; nothing when all are taken.
     pub(crate) fn add(&self, function: Arc<dyn PciFunction>) -> Option<usize> {
+        self.add_device(vec![(0, function)])
+    }
+
+    /// Puts the functions of one device, each with its number, into the first free slot; nothing when all are taken or a
+    /// number is none.
+    pub(crate) fn add_device(&self, functions: Vec<(u8, Arc<dyn PciFunction>)>) -> Option<usize> {
+        let mut device = Slot::default();
+        let mut places = Vec::new();
+        for (number, function) in functions {
+            *device.get_mut(usize::from(number))? = Some(function);
+            places.push(usize::from(number));
+        }
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let slot = (SLOTS - DEVICES_MAX..SLOTS).find(|slot| slots[*slot].is_none())?;
-        slots[slot] = Some(function);
+        let slot = (SLOTS - DEVICES_MAX..SLOTS).find(|slot| slots[*slot].iter().all(Option::is_none))?;
+        slots[slot] = device;
         drop(slots);
-        self.refresh(slot);
+        places.into_iter().for_each(|number| self.refresh((slot, number)));
         Some(slot)
     }
 
-    fn function(&self, slot: usize) -> Option<Arc<dyn PciFunction>> {
-        self.slots.read().unwrap_or_else(PoisonError::into_inner).get(slot)?.clone()
+    fn function(&self, (slot, number): Place) -> Option<Arc<dyn PciFunction>> {
+        self.slots.read().unwrap_or_else(PoisonError::into_inner).get(slot)?.get(number)?.clone()
     }
 
     /// The function and register that `offset` of the configuration window stands for.
-    fn target(&self, offset: u64) -> Option<(usize, u16, Arc<dyn PciFunction>)> {
+    fn target(&self, offset: u64) -> Option<(Place, u16, Arc<dyn PciFunction>)> {
         let slot = usize::try_from(offset >> SLOT_SHIFT).ok()?;
-        let function_number = offset >> FUNCTION_SHIFT & 7;
-        if function_number != 0 {
-            return None;
-        }
+        let number = usize::try_from(offset >> FUNCTION_SHIFT & 7).ok()?;
         let register = u16::try_from(offset & ((1 << FUNCTION_SHIFT) - 1)).ok()?;
-        Some((slot, register, self.function(slot)?))
+        Some(((slot, number), register, self.function((slot, number))?))
     }
 
     /// Answers a read at `offset` of the configuration window; all ones where no function is.
@@ -64,21 +83,21 @@ impl PciBus {
 
     /// Takes a write at `offset` of the configuration window.
     pub(crate) fn write_config(&self, offset: u64, data: &[u8]) {
-        if let Some((slot, register, function)) = self.target(offset)
+        if let Some((place, register, function)) = self.target(offset)
             && function.write_config(register, data)
         {
-            self.refresh(slot);
+            self.refresh(place);
         }
     }
 
-    /// Asks the function in `slot` again what it answers to.
-    fn refresh(&self, slot: usize) {
-        let function = self.function(slot);
+    /// Asks the function at `place` again what it answers to.
+    fn refresh(&self, place: Place) {
+        let function = self.function(place);
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
-        ranges.retain(|decoded| decoded.slot != slot);
+        ranges.retain(|decoded| decoded.place != place);
         if let Some(function) = function {
             for (bar, range) in function.ranges() {
-                ranges.push(Decoded { range, slot, bar, function: Arc::clone(&function) });
+                ranges.push(Decoded { range, place, bar, function: Arc::clone(&function) });
             }
         }
     }
@@ -151,6 +170,21 @@ mod tests {
         assert_eq!(read_config(&bus, 1 << 15 | 1 << 12), [0xff; 4]);
         assert_eq!(read_config(&bus, 0), [0xff; 4]);
         assert_eq!(read_config(&bus, 0xf_f000), [0xff; 4]);
+    }
+
+    #[test]
+    fn functions_of_one_device_answer_side_by_side() {
+        let bus = PciBus::default();
+        assert_eq!(bus.add_device(vec![(0, Arc::new(Movable::default())), (3, Arc::new(Movable::default()))]), Some(1));
+        assert_eq!(bus.add_device(vec![(8, Arc::new(Movable::default()))]), None);
+        assert_eq!(bus.add(Arc::new(Movable::default())), Some(2));
+        for (function, expected) in [(0, 0x11), (1, 0xff), (3, 0x11), (7, 0xff)] {
+            assert_eq!(read_config(&bus, 1 << 15 | function << 12), [expected; 4]);
+        }
+        for (function, address) in [(0, 0xC010_0000_u32), (3, 0xC020_0000)] {
+            bus.write_config(1 << 15 | function << 12 | 0x10, &address.to_le_bytes());
+        }
+        assert!(bus.read_memory(0xC010_0000, &mut [0]) && bus.read_memory(0xC020_0000, &mut [0]));
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use dragonball::{ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VsockConfig};
+use dragonball::{ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VfioConfig, VsockConfig};
 
 /// Runs virtual machines.
 #[derive(Parser)]
@@ -29,6 +29,9 @@ Examples:
   A root file system as persistent memory, a disk, a shared directory (in the guest: mount -t virtiofs work /mnt):
     dragonball run --kernel vmlinux --cmdline 'root=/dev/pmem0 rootflags=dax ro' --pmem root.erofs \\
         --disk data.img --fs work=/srv/work --console -
+
+  A GPU of the host, which was bound to vfio-pci before:
+    dragonball run --kernel vmlinux --initrd initrd.cpio --memory 2G --vfio 0000:01:00.0 --console -
 
   How long it takes until init has started:
     dragonball run --kernel vmlinux --initrd initrd.cpio --boot-timer";
@@ -91,6 +94,12 @@ pub(crate) struct Run {
     #[arg(long, value_name = "CID", default_value_t = 3, requires = "vsock")]
     vsock_cid: u32,
 
+    /// A device of the host that the guest gets, with all of its IOMMU group: its directory in sysfs, its address, or
+    /// /dev/vfio/GROUP. All of them must be bound to vfio-pci. Guest memory stays in RAM for as long as it runs. With p2p,
+    /// other devices may access its memory; clique=N tells NVIDIA's driver which devices may. Can be repeated.
+    #[arg(long, value_name = "DEVICE[,p2p][,clique=N]", value_parser = parse_vfio)]
+    vfio: Vec<VfioConfig>,
+
     /// Where the console goes: a file, or - for standard input and output.
     #[arg(long, value_name = "FILE|-", value_parser = parse_output)]
     console: Option<ConsoleOutput>,
@@ -143,6 +152,20 @@ fn parse_fs(text: &str) -> Result<FsConfig, String> {
     }
 }
 
+fn parse_vfio(text: &str) -> Result<VfioConfig, String> {
+    let mut parts = text.split(',');
+    let path = parts.next().filter(|path| !path.is_empty()).ok_or("give a device, for instance 0000:01:00.0")?;
+    let mut config = VfioConfig { path: path.into(), clique: None, peer_to_peer: false };
+    for part in parts {
+        match (part, part.strip_prefix("clique=")) {
+            ("p2p", _) => config.peer_to_peer = true,
+            (_, Some(clique)) => config.clique = Some(clique.parse().map_err(|_| "a clique is a number from 0 to 15")?),
+            _ => return Err(format!("{part:?} is no option of a device: use p2p or clique=N")),
+        }
+    }
+    Ok(config)
+}
+
 #[expect(clippy::unnecessary_wraps, reason = "the signature is clap's")]
 fn parse_output(text: &str) -> Result<ConsoleOutput, String> {
     Ok(if text == "-" { ConsoleOutput::Stdio } else { ConsoleOutput::File(text.into()) })
@@ -160,6 +183,7 @@ impl From<Run> for MachineConfig {
             disks: run.disk.into_iter().map(|Image { path, read_only }| DiskConfig { path, read_only }).collect(),
             fs: run.fs,
             vsock: run.vsock.map(|socket| VsockConfig { guest_cid, socket }),
+            vfio: run.vfio,
             console: run.console.unwrap_or_default(),
             debug_uart: run.debug_uart.unwrap_or_default(),
             boot_timer: run.boot_timer,
@@ -201,6 +225,10 @@ mod tests {
             "sock",
             "--vsock-cid",
             "7",
+            "--vfio",
+            "0000:01:00.0,p2p,clique=3",
+            "--vfio",
+            "/dev/vfio/7",
             "--console",
             "-",
             "--debug-uart",
@@ -220,6 +248,10 @@ mod tests {
             disks: vec![DiskConfig { path: "c".into(), read_only: false }],
             fs: vec![FsConfig { tag: "tag".to_owned(), directory: "/dir=1".into() }],
             vsock: Some(VsockConfig { guest_cid: 7, socket: "sock".into() }),
+            vfio: vec![
+                VfioConfig { path: "0000:01:00.0".into(), clique: Some(3), peer_to_peer: true },
+                VfioConfig { path: "/dev/vfio/7".into(), clique: None, peer_to_peer: false },
+            ],
             console: ConsoleOutput::Stdio,
             debug_uart: ConsoleOutput::File("log".into()),
             boot_timer: true,
@@ -246,7 +278,9 @@ mod tests {
 
     #[test]
     fn what_cannot_be_meant_is_refused() {
-        for option in ["--fs=tag", "--fs==/dir", "--pmem=,ro", "--cpus=300", "--memory=lots"] {
+        for option in
+            ["--fs=tag", "--fs==/dir", "--pmem=,ro", "--cpus=300", "--memory=lots", "--vfio=,p2p", "--vfio=a,b"]
+        {
             let arguments = ["dragonball", "run", "--kernel", "vmlinux", option];
             assert!(Cli::try_parse_from(arguments).is_err(), "{option}");
         }
