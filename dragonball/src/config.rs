@@ -47,6 +47,11 @@ pub struct MachineConfig {
     /// Where the output of a 16550 UART at port 0x3f8 goes; [`ConsoleOutput::None`] leaves it out. With one, the kernel
     /// is told to use it as its console.
     pub debug_uart: ConsoleOutput,
+    /// The most vCPUs that the machine may ever have; nothing: no more than it starts with. Each costs the guest some
+    /// memory, and more than it starts with need `hot_plug`.
+    pub vcpus_max: Option<u8>,
+    /// Whether devices and vCPUs can come and go while the machine runs. Costs the guest a little time when it boots.
+    pub hot_plug: bool,
     /// Whether the machine has the boot timer: a byte 123 written to guest-physical address 0xC000_0000 marks the moment
     /// of `init`.
     pub boot_timer: bool,
@@ -69,13 +74,15 @@ impl MachineConfig {
             vfio: Vec::new(),
             console: ConsoleOutput::None,
             debug_uart: ConsoleOutput::None,
+            vcpus_max: None,
+            hot_plug: false,
             boot_timer: false,
         }
     }
 }
 
 /// A file that the guest sees as persistent memory: its pages are the host's page cache.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
 pub struct PmemConfig {
     /// The file. Its content must not be truncated while the machine runs.
     pub path: PathBuf,
@@ -84,7 +91,7 @@ pub struct PmemConfig {
 }
 
 /// A file or block device that the guest sees as a disk.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
 pub struct DiskConfig {
     /// The file or block device.
     pub path: PathBuf,
@@ -93,12 +100,60 @@ pub struct DiskConfig {
 }
 
 /// A directory that the guest can mount by its tag (`mount -t virtiofs TAG /mnt`).
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
 pub struct FsConfig {
     /// The tag, 1 to 36 bytes (virtio 1.2, §5.11.4).
     pub tag: String,
     /// The directory.
     pub directory: PathBuf,
+}
+
+/// A device that may come while the machine runs.
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceConfig {
+    /// Persistent memory.
+    Pmem(PmemConfig),
+    /// A disk.
+    Blk(DiskConfig),
+    /// A shared directory.
+    Fs(FsConfig),
+    /// A device of the host.
+    Vfio(VfioConfig),
+}
+
+impl DeviceConfig {
+    /// What its kind is called.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Pmem(_) => "pmem",
+            Self::Blk(_) => "blk",
+            Self::Fs(_) => "fs",
+            Self::Vfio(_) => "vfio",
+        }
+    }
+
+    /// Checks what can be checked without making the device.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with the remedy.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        match self {
+            Self::Pmem(pmem) => require_file("persistent memory image", &pmem.path),
+            Self::Blk(disk) => require_open("disk", &disk.path, "a file or block device").map(drop),
+            Self::Vfio(vfio) => match vfio.clique.filter(|clique| *clique > CLIQUE_MAX) {
+                Some(clique) => Err(ConfigError::Clique(clique)),
+                None => Ok(()),
+            },
+            Self::Fs(fs) => {
+                if fs.tag.is_empty() || fs.tag.len() > TAG_MAX {
+                    return Err(ConfigError::Tag(fs.tag.clone()));
+                }
+                require_directory("shared directory", &fs.directory)
+            }
+        }
+    }
 }
 
 /// The socket device and its host side.
@@ -112,14 +167,17 @@ pub struct VsockConfig {
 }
 
 /// A device of the host that belongs to the guest, with all functions of its IOMMU group.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
+#[serde(deny_unknown_fields)]
 pub struct VfioConfig {
     /// Its directory in sysfs (`/sys/bus/pci/devices/0000:01:00.0`) or its address alone, the file of its group
     /// (`/dev/vfio/7`), or its own device file (`/dev/vfio/devices/vfio0`).
     pub path: PathBuf,
     /// NVIDIA's number, 0 to [`CLIQUE_MAX`], of the devices whose guest drivers may access each other's memory.
+    #[serde(default)]
     pub clique: Option<u8>,
     /// Whether other devices of the machine may access the memory of this one.
+    #[serde(default)]
     pub peer_to_peer: bool,
 }
 
@@ -159,6 +217,16 @@ pub enum ConfigError {
         /// What was asked for.
         given: u8,
         /// The most on this host.
+        max: u8,
+    },
+    /// A maximum below the number of vCPUs, or above it in a machine that cannot get more.
+    #[error(
+        "At most {max} vCPUs do not go with {vcpus} at the start: give at least as many, and more only with hot-plug"
+    )]
+    VcpusMax {
+        /// How many at the start.
+        vcpus: u8,
+        /// The maximum as given.
         max: u8,
     },
     /// A file or directory cannot be used.
@@ -253,8 +321,14 @@ impl MachineConfig {
 
     fn validate_vcpus(&self, host_max: u8) -> Result<(), ConfigError> {
         let max = host_max.min(VCPUS_MAX);
-        if self.vcpus == 0 || self.vcpus > max {
-            return Err(ConfigError::Vcpus { given: self.vcpus, max });
+        for given in [self.vcpus, self.vcpus_max()] {
+            if given == 0 || given > max {
+                return Err(ConfigError::Vcpus { given, max });
+            }
+        }
+        let more = self.vcpus_max() != self.vcpus;
+        if self.vcpus_max() < self.vcpus || more && !self.hot_plug {
+            return Err(ConfigError::VcpusMax { vcpus: self.vcpus, max: self.vcpus_max() });
         }
         Ok(())
     }
@@ -276,8 +350,7 @@ impl MachineConfig {
             return Err(ConfigError::TooManyDevices { given });
         }
         for (index, fs) in self.fs.iter().enumerate() {
-            let repeated = self.fs.iter().take(index).any(|other| other.tag == fs.tag);
-            if fs.tag.is_empty() || fs.tag.len() > TAG_MAX || repeated {
+            if self.fs.iter().take(index).any(|other| other.tag == fs.tag) {
                 return Err(ConfigError::Tag(fs.tag.clone()));
             }
         }
@@ -288,9 +361,6 @@ impl MachineConfig {
             if vsock.socket.as_os_str().len() > SOCKET_PATH_MAX {
                 return Err(ConfigError::SocketPath { path: vsock.socket.clone(), max: SOCKET_PATH_MAX });
             }
-        }
-        if let Some(clique) = self.vfio.iter().filter_map(|vfio| vfio.clique).find(|clique| *clique > CLIQUE_MAX) {
-            return Err(ConfigError::Clique(clique));
         }
         if self.console == ConsoleOutput::Stdio && self.debug_uart == ConsoleOutput::Stdio {
             return Err(ConfigError::StdioTwice);
@@ -303,36 +373,54 @@ impl MachineConfig {
         if let Some(initrd) = &self.initrd {
             require_file("initrd", initrd)?;
         }
-        for pmem in &self.pmem {
-            require_file("persistent memory image", &pmem.path)?;
-        }
-        for disk in &self.disks {
-            require_open("disk", &disk.path, "a file or block device")?;
-        }
-        for fs in &self.fs {
-            let role = "shared directory";
-            std::fs::read_dir(&fs.directory).map_err(|source| ConfigError::Unusable {
-                role,
-                path: fs.directory.clone(),
-                kind: "a directory",
-                source,
-            })?;
-        }
-        Ok(())
+        self.devices().chain(self.host_devices()).try_for_each(|device| device.validate())
     }
 
-    /// How many PCI devices the machine has. An entropy device comes with the others; a machine without any has no PCI
-    /// bus either, whose probing would take the guest longer than all the rest of the machine.
+    /// The devices that could as well have come later, in the order in which the guest finds them.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = DeviceConfig> {
+        let pmem = self.pmem.iter().cloned().map(DeviceConfig::Pmem);
+        let disks = self.disks.iter().cloned().map(DeviceConfig::Blk);
+        let fs = self.fs.iter().cloned().map(DeviceConfig::Fs);
+        pmem.chain(disks).chain(fs)
+    }
+
+    /// The devices of the host. They come last, because their memory lies above everything else.
+    pub(crate) fn host_devices(&self) -> impl Iterator<Item = DeviceConfig> {
+        self.vfio.iter().cloned().map(DeviceConfig::Vfio)
+    }
+
+    /// How many PCI devices the machine has. An entropy device comes with the others; a machine that has none and gets
+    /// none has no PCI bus either, whose probing would take the guest longer than all the rest of the machine.
     pub(crate) fn device_count(&self) -> usize {
         let console = usize::from(self.console != ConsoleOutput::None);
         let vsock = usize::from(self.vsock.is_some());
-        let asked_for = self.pmem.len() + self.disks.len() + self.fs.len() + vsock + self.vfio.len() + console;
-        if asked_for > 0 { asked_for + 1 } else { 0 }
+        let asked_for = self.devices().count() + self.host_devices().count() + vsock + console;
+        if asked_for > 0 || self.hot_plug { asked_for + 1 } else { 0 }
+    }
+
+    /// Whether the machine has a PCI bus.
+    pub(crate) fn has_pci(&self) -> bool {
+        self.device_count() > 0
+    }
+
+    /// The most vCPUs that the machine may ever have.
+    pub(crate) fn vcpus_max(&self) -> u8 {
+        self.vcpus_max.unwrap_or(self.vcpus)
     }
 }
 
 fn require_open(role: &'static str, path: &Path, kind: &'static str) -> Result<File, ConfigError> {
     File::open(path).map_err(|source| ConfigError::Unusable { role, path: path.to_path_buf(), kind, source })
+}
+
+fn require_directory(role: &'static str, path: &Path) -> Result<(), ConfigError> {
+    let kind = "a directory";
+    std::fs::read_dir(path).map(drop).map_err(|source| ConfigError::Unusable {
+        role,
+        path: path.to_path_buf(),
+        kind,
+        source,
+    })
 }
 
 fn require_file(role: &'static str, path: &Path) -> Result<(), ConfigError> {

@@ -4,6 +4,8 @@
 //! handle on it. The machine's threads are `vmm`, which owns all devices, and one `vcpuN` per vCPU.
 
 pub mod config;
+pub mod control_socket;
+pub mod manage;
 pub mod virtio;
 
 mod acpi;
@@ -24,7 +26,7 @@ mod vm;
 
 pub use boot::BootError;
 pub use config::{
-    ConfigError, ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VfioConfig, VsockConfig,
+    ConfigError, ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MachineConfig, PmemConfig, VfioConfig, VsockConfig,
 };
 pub use kvm::KvmError;
 pub use machine::{StartError, start};

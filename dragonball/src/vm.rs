@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::control::{Control, Request};
+use crate::manage::Manager;
 use crate::virtio::console::ConsoleTail;
 
 /// Why a machine ended.
@@ -105,7 +105,7 @@ pub(crate) fn monotonic_ns() -> u64 {
 /// A running virtual machine. Dropping it stops it.
 pub struct Vm {
     shared: Arc<Shared>,
-    control: Control,
+    manager: Manager,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -115,8 +115,8 @@ pub(crate) const STAMP_START: &str = "start";
 pub(crate) const STAMP_INIT: &str = "init";
 
 impl Vm {
-    pub(crate) fn new(shared: Arc<Shared>, control: Control, thread: JoinHandle<()>) -> Self {
-        Self { shared, control, thread: Some(thread) }
+    pub(crate) fn new(shared: Arc<Shared>, manager: Manager, thread: JoinHandle<()>) -> Self {
+        Self { shared, manager, thread: Some(thread) }
     }
 
     /// A descriptor that becomes readable when the machine has ended, and stays readable. Do not read from it.
@@ -140,9 +140,15 @@ impl Vm {
         self.shared.exit_reason.get().cloned()
     }
 
+    /// What changes the machine while it runs.
+    #[must_use]
+    pub fn manager(&self) -> Manager {
+        self.manager.clone()
+    }
+
     /// Asks the machine to end at once, as a power cut would. Returns without waiting for it; the exit event tells.
     pub fn stop(&self) {
-        self.control.send(Request::End(ExitReason::Stopped));
+        self.manager.end(ExitReason::Stopped);
     }
 
     /// Waits for the machine's end, without a limit.

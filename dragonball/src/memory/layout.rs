@@ -5,7 +5,7 @@
 //! | 0 – 0x9_FC00 | RAM; boot data in it |
 //! | 0xE_0000 – 0xF_FFFF | ACPI tables: RAM that the guest's map calls reserved |
 //! | 1 MiB – 3 GiB | RAM |
-//! | 0xC000_0000, 64 KiB | platform registers |
+//! | 0xC000_0000, 64 KiB | platform registers: the boot timer; one page further, hot-plug |
 //! | 0xC010_0000 – 0xE7FF_FFFF | 32-bit PCI window |
 //! | 0xE800_0000, 1 MiB | PCI configuration space of bus 0 (ECAM) |
 //! | 0xFEC0_0000 / 0xFEE0_0000 / 0xFFFB_C000 | IOAPIC / local APICs / pages that KVM needs |
@@ -33,6 +33,8 @@ pub(crate) const HIGH_RAM: u64 = 0x10_0000;
 pub(crate) const RAM_32_END: u64 = 0xC000_0000;
 /// The boot timer's register, one byte: the address that Firecracker has it at.
 pub(crate) const BOOT_TIMER: u64 = 0xC000_0000;
+/// The hot-plug registers: see `platform::hotplug`.
+pub(crate) const HOT_PLUG: Range = Range { start: 0xC000_1000, length: 0x1000 };
 /// The 32-bit PCI window.
 pub(crate) const PCI_32: Range = Range { start: 0xC010_0000, length: 0x27F0_0000 };
 /// PCI configuration space, 4 KiB per function, 256 functions of bus 0.
@@ -122,19 +124,26 @@ pub(crate) fn memory_map(memory: u64) -> Vec<(Range, MemoryKind)> {
 #[derive(Debug)]
 pub(crate) struct HighMemory {
     next: u64,
+    /// Where the 64-bit PCI window begins once it is fixed; until then where addresses end.
     end: u64,
+    /// What was taken for persistent memory and given back.
+    free: Vec<Range>,
 }
 
 impl HighMemory {
     /// Begins above `memory` bytes of RAM; guest-physical addresses have `address_bits` bits.
     pub(crate) fn above(memory: u64, address_bits: u8) -> Self {
         let ram_end = ram(memory).last().map_or(0, |range| range.end()).max(RAM_64);
-        Self { next: ram_end.next_multiple_of(SECTION), end: 1 << address_bits }
+        Self { next: ram_end.next_multiple_of(SECTION), end: 1 << address_bits, free: Vec::new() }
     }
 
     /// Takes `length` bytes for persistent memory; nothing when the address space is used up.
     pub(crate) fn place_pmem(&mut self, length: u64) -> Option<Range> {
-        let range = Range { start: self.next, length: length.checked_next_multiple_of(PMEM_ALIGNMENT)? };
+        let wanted = length.checked_next_multiple_of(PMEM_ALIGNMENT)?;
+        if let Some(index) = self.free.iter().position(|range| length > 0 && range.length >= wanted) {
+            return Some(Range { length: wanted, ..self.free.swap_remove(index) });
+        }
+        let range = Range { start: self.next, length: wanted };
         let next = range.start.checked_add(range.length)?.checked_next_multiple_of(SECTION)?;
         if length == 0 || next > self.end {
             return None;
@@ -143,12 +152,21 @@ impl HighMemory {
         Some(range)
     }
 
-    /// The 64-bit PCI window: all that is left but the last 64 KiB, which some processors cannot address; nothing when
+    /// Gives back what was taken for persistent memory.
+    pub(crate) fn free_pmem(&mut self, range: Range) {
+        self.free.push(range);
+    }
+
+    /// Fixes the 64-bit PCI window; persistent memory is placed below it from here on. It is all that is left but the last 64 KiB, which some processors cannot address; nothing when
     /// less than its alignment is left.
-    pub(crate) fn pci_window(&self) -> Option<Range> {
+    pub(crate) fn fix_pci_window(&mut self) -> Option<Range> {
         let start = self.next.checked_next_multiple_of(PCI_64_ALIGNMENT)?;
         let length = self.end.checked_sub(start)?.checked_sub(0x1_0000)?;
-        (length > 0).then_some(Range { start, length })
+        if length == 0 {
+            return None;
+        }
+        self.end = start;
+        Some(Range { start, length })
     }
 }
 
@@ -159,7 +177,7 @@ mod tests {
     use super::*;
     use crate::config::{MEMORY_GRANULE, MEMORY_MIN};
 
-    const FIXED: [Range; 4] = [PCI_32, ECAM, IOAPIC, Range { start: LOCAL_APIC as u64, length: 0x1000 }];
+    const FIXED: [Range; 5] = [HOT_PLUG, PCI_32, ECAM, IOAPIC, Range { start: LOCAL_APIC as u64, length: 0x1000 }];
 
     #[test]
     fn fixed_ranges_do_not_overlap() {
@@ -206,7 +224,7 @@ mod tests {
                 prop_assert!(range.start.is_multiple_of(SECTION) && range.length.is_multiple_of(PMEM_ALIGNMENT));
                 below = range.end();
             }
-            let window = high.pci_window().unwrap();
+            let window = high.fix_pci_window().unwrap();
             prop_assert!(window.start >= below && window.end() < 1 << 46);
         }
 

@@ -1,64 +1,93 @@
 //! Bus 0: which function has which slot, and which answers to which address.
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use super::PciFunction;
-use crate::config::DEVICES_MAX;
-use crate::memory::layout::Range;
+use crate::memory::layout;
 
-/// How many slots there are: 5 bits of a bus address.
-const SLOTS: usize = 32;
+/// How many slots a bus has: 5 bits of a bus address.
+const SLOT_COUNT: usize = 32;
+/// The slots that devices go into. Slot 0 stays empty: a host bridge would be there, but the guest has no use for it and
+/// would spend time on it.
+pub(crate) const SLOTS: Range<u8> = 1..32;
 /// Configuration space of one function: 4 KiB; of one slot: eight functions.
 const FUNCTION_SHIFT: u32 = 12;
 const SLOT_SHIFT: u32 = 15;
 
 /// How many functions a slot can have.
-const FUNCTIONS: usize = 8;
+const FUNCTION_COUNT: usize = 8;
 
 /// The functions of a slot, by their numbers. A guest looks for the others only where there is function 0.
-type Slot = [Option<Arc<dyn PciFunction>>; FUNCTIONS];
-
-/// All PCI functions of the machine. Slot 0 stays empty: a host bridge would be there, but
-/// the guest has no use for it and would spend time on it.
-#[derive(Default)]
-pub(crate) struct PciBus {
-    slots: RwLock<[Slot; SLOTS]>,
-    /// Who answers to which addresses. Changes while the guest sets its devices up, hardly ever after.
-    ranges: RwLock<Vec<Decoded>>,
-}
+type Slot = [Option<Arc<dyn PciFunction>>; FUNCTION_COUNT];
 
 /// A slot, and a function of it.
 type Place = (usize, usize);
 
+/// All PCI functions of the machine.
+///
+/// Functions are called with no lock of the bus held: one that waits for the `vmm` thread does not keep it from adding
+/// and removing others.
+#[derive(Default)]
+pub(crate) struct PciBus {
+    slots: RwLock<[Slot; SLOT_COUNT]>,
+    /// Who answers to which addresses. Changes while the guest sets its devices up, hardly ever after.
+    ranges: RwLock<Vec<Decoded>>,
+    /// Held while the ranges of a function are asked for and entered, by vCPUs alone.
+    refreshing: Mutex<()>,
+}
+
 struct Decoded {
-    range: Range,
-    /// Slot and number of the function.
+    range: layout::Range,
     place: Place,
     bar: u8,
     function: Arc<dyn PciFunction>,
 }
 
+fn is_free(slot: &Slot) -> bool {
+    slot.iter().all(Option::is_none)
+}
+
 impl PciBus {
-    /// Puts `function` into the first free slot; nothing when all are taken.
-    pub(crate) fn add(&self, function: Arc<dyn PciFunction>) -> Option<usize> {
-        self.add_device(vec![(0, function)])
+    /// The first free slot; nothing when all are taken.
+    pub(crate) fn free_slot(&self) -> Option<u8> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        SLOTS.into_iter().find(|slot| is_free(&slots[usize::from(*slot)]))
     }
 
-    /// Puts the functions of one device, each with its number, into the first free slot; nothing when all are taken or a
-    /// number is none.
-    pub(crate) fn add_device(&self, functions: Vec<(u8, Arc<dyn PciFunction>)>) -> Option<usize> {
+    /// Puts a function that decodes no memory yet into `slot`; false when the slot is taken or does not exist.
+    pub(crate) fn add(&self, slot: u8, function: Arc<dyn PciFunction>) -> bool {
+        self.add_device(slot, vec![(0, function)])
+    }
+
+    /// Puts the functions of one device, each with its number, into `slot`; false when the slot is taken or does not
+    /// exist, or a number is none.
+    pub(crate) fn add_device(&self, slot: u8, functions: Vec<(u8, Arc<dyn PciFunction>)>) -> bool {
         let mut device = Slot::default();
-        let mut places = Vec::new();
         for (number, function) in functions {
-            *device.get_mut(usize::from(number))? = Some(function);
-            places.push(usize::from(number));
+            let Some(place) = device.get_mut(usize::from(number)) else { return false };
+            *place = Some(function);
         }
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let slot = (SLOTS - DEVICES_MAX..SLOTS).find(|slot| slots[*slot].iter().all(Option::is_none))?;
-        slots[slot] = device;
-        drop(slots);
-        places.into_iter().for_each(|number| self.refresh((slot, number)));
-        Some(slot)
+        match slots.get_mut(usize::from(slot)) {
+            Some(place) if SLOTS.contains(&slot) && is_free(place) => {
+                *place = device;
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Empties `slot`: from here on nobody finds its functions. A vCPU that is in the middle of an access finishes it.
+    pub(crate) fn remove(&self, slot: u8) {
+        let slot = usize::from(slot);
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let removed = slots.get_mut(slot).map(std::mem::take);
+        let decoded: Vec<_> = ranges.extract_if(.., |decoded| decoded.place.0 == slot).collect();
+        // The last owner frees what a function holds: not under the locks.
+        drop((slots, ranges));
+        drop((removed, decoded));
     }
 
     fn function(&self, (slot, number): Place) -> Option<Arc<dyn PciFunction>> {
@@ -92,14 +121,27 @@ impl PciBus {
 
     /// Asks the function at `place` again what it answers to.
     fn refresh(&self, place: Place) {
-        let function = self.function(place);
+        let _one_at_a_time = self.refreshing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(function) = self.function(place) else { return };
+        let decoded: Vec<_> = function
+            .ranges()
+            .into_iter()
+            .map(|(bar, range)| Decoded { range, place, bar, function: Arc::clone(&function) })
+            .collect();
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
-        ranges.retain(|decoded| decoded.place != place);
-        if let Some(function) = function {
-            for (bar, range) in function.ranges() {
-                ranges.push(Decoded { range, place, bar, function: Arc::clone(&function) });
-            }
+        // It may have been removed meanwhile.
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        if slots[place.0][place.1].as_ref().is_some_and(|present| Arc::ptr_eq(present, &function)) {
+            ranges.retain(|decoded| decoded.place != place);
+            ranges.extend(decoded);
         }
+    }
+
+    /// What the functions in `slot` answer to now: base address registers and their ranges.
+    pub(crate) fn decoded(&self, slot: u8) -> Vec<(u8, layout::Range)> {
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let of_slot = ranges.iter().filter(|decoded| decoded.place.0 == usize::from(slot));
+        of_slot.map(|decoded| (decoded.bar, decoded.range)).collect()
     }
 
     fn decode(&self, address: u64, size: usize) -> Option<(Arc<dyn PciFunction>, u8, u64)> {
@@ -146,9 +188,9 @@ mod tests {
             *self.0.lock().unwrap() = u64::from(u32::from_le_bytes(data.try_into().unwrap()));
             register == 0x10
         }
-        fn ranges(&self) -> Vec<(u8, Range)> {
+        fn ranges(&self) -> Vec<(u8, layout::Range)> {
             let start = *self.0.lock().unwrap();
-            if start == 0 { Vec::new() } else { vec![(0, Range { start, length: 4096 })] }
+            if start == 0 { Vec::new() } else { vec![(0, layout::Range { start, length: 4096 })] }
         }
         fn read_memory(&self, _bar: u8, offset: u64, data: &mut [u8]) {
             data.fill(offset.to_le_bytes()[0]);
@@ -165,7 +207,7 @@ mod tests {
     #[test]
     fn only_function_0_of_a_taken_slot_answers() {
         let bus = PciBus::default();
-        assert_eq!(bus.add(Arc::new(Movable::default())), Some(1));
+        assert!(bus.add(1, Arc::new(Movable::default())));
         assert_eq!(read_config(&bus, 1 << 15), [0x11; 4]);
         assert_eq!(read_config(&bus, 1 << 15 | 1 << 12), [0xff; 4]);
         assert_eq!(read_config(&bus, 0), [0xff; 4]);
@@ -173,24 +215,28 @@ mod tests {
     }
 
     #[test]
-    fn functions_of_one_device_answer_side_by_side() {
+    fn functions_of_one_device_answer_side_by_side_and_leave_together() {
         let bus = PciBus::default();
-        assert_eq!(bus.add_device(vec![(0, Arc::new(Movable::default())), (3, Arc::new(Movable::default()))]), Some(1));
-        assert_eq!(bus.add_device(vec![(8, Arc::new(Movable::default()))]), None);
-        assert_eq!(bus.add(Arc::new(Movable::default())), Some(2));
-        for (function, expected) in [(0, 0x11), (1, 0xff), (3, 0x11), (7, 0xff)] {
-            assert_eq!(read_config(&bus, 1 << 15 | function << 12), [expected; 4]);
+        let function = || -> Arc<dyn PciFunction> { Arc::new(Movable::default()) };
+        assert!(bus.add_device(1, vec![(0, function()), (3, function())]));
+        assert!(!bus.add_device(1, vec![(1, function())]) && !bus.add_device(2, vec![(8, function())]));
+        assert_eq!(bus.free_slot(), Some(2));
+        for (number, expected) in [(0, 0x11), (1, 0xff), (3, 0x11), (7, 0xff)] {
+            assert_eq!(read_config(&bus, 1 << 15 | number << 12), [expected; 4]);
         }
-        for (function, address) in [(0, 0xC010_0000_u32), (3, 0xC020_0000)] {
-            bus.write_config(1 << 15 | function << 12 | 0x10, &address.to_le_bytes());
+        for (number, address) in [(0, 0xC010_0000_u32), (3, 0xC020_0000)] {
+            bus.write_config(1 << 15 | number << 12 | 0x10, &address.to_le_bytes());
         }
         assert!(bus.read_memory(0xC010_0000, &mut [0]) && bus.read_memory(0xC020_0000, &mut [0]));
+        assert_eq!(bus.decoded(1).len(), 2);
+        bus.remove(1);
+        assert!(!bus.read_memory(0xC020_0000, &mut [0]) && bus.free_slot() == Some(1));
     }
 
     #[test]
     fn a_moved_function_answers_at_its_new_address_only() {
         let bus = PciBus::default();
-        bus.add(Arc::new(Movable::default()));
+        bus.add(1, Arc::new(Movable::default()));
         let mut data = [0; 1];
         assert!(!bus.read_memory(0xC010_0005, &mut data));
         for address in [0xC010_0000_u32, 0xC020_0000] {
@@ -206,8 +252,26 @@ mod tests {
     fn a_full_bus_takes_no_more() {
         let bus = PciBus::default();
         for slot in 1..32 {
-            assert_eq!(bus.add(Arc::new(Movable::default())), Some(slot));
+            assert_eq!(bus.free_slot(), Some(slot));
+            assert!(bus.add(slot, Arc::new(Movable::default())));
+            assert!(!bus.add(slot, Arc::new(Movable::default())));
         }
-        assert_eq!(bus.add(Arc::new(Movable::default())), None);
+        assert_eq!(bus.free_slot(), None);
+        assert!(!bus.add(0, Arc::new(Movable::default())) && !bus.add(32, Arc::new(Movable::default())));
+    }
+
+    #[test]
+    fn a_removed_function_is_found_by_nobody_and_freed() {
+        let bus = PciBus::default();
+        let function = Arc::new(Movable::default());
+        bus.add(7, Arc::clone(&function) as _);
+        bus.write_config(7 << 15 | 0x10, &0xC010_0000_u32.to_le_bytes());
+        assert!(bus.read_memory(0xC010_0000, &mut [0; 4]));
+        bus.remove(7);
+        assert!(!bus.read_memory(0xC010_0000, &mut [0; 4]));
+        assert_eq!(read_config(&bus, 7 << 15), [0xff; 4]);
+        assert_eq!(Arc::strong_count(&function), 1);
+        assert_eq!(bus.free_slot(), Some(1));
+        bus.remove(7);
     }
 }

@@ -24,6 +24,7 @@ pub(crate) struct BarRequest {
 
 impl BarRequest {
     /// A BAR of 32 bits whose reads may have side effects.
+    #[cfg(test)]
     pub(crate) const fn registers(length: u64) -> Self {
         Self { length, wide: false, prefetchable: false }
     }
@@ -206,7 +207,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn windows(memory: u64, address_bits: u8) -> Windows {
-        Windows::new(PCI_32, HighMemory::above(memory, address_bits).pci_window())
+        Windows::new(PCI_32, HighMemory::above(memory, address_bits).fix_pci_window())
     }
 
     fn video_memory(length: u64) -> BarRequest {

@@ -1,8 +1,7 @@
-//! Giving an IOMMU group to the guest: all of its functions, in slots as on the host.
+//! Giving an IOMMU group to the guest: all of its functions, in one slot, because they come and go together.
 
-use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use kvm_ioctls::VmFd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
@@ -22,89 +21,82 @@ use crate::virtio::device::GuestMemory;
 pub(crate) struct Passthrough {
     vm: Arc<VmFd>,
     memory: GuestMemory,
-    services: Services,
     sysfs: Sysfs,
+    shared: Mutex<SharedState>,
+}
+
+#[derive(Default)]
+struct SharedState {
     /// A VM has one of these for its life.
     kvm: Option<Arc<KvmVfio>>,
     /// What the devices share, as long as there is one.
     session: Weak<Session>,
 }
 
-/// What the functions of a group become: for each slot its functions with their numbers, function 0 first.
-pub(crate) type Slots = Vec<Vec<(u8, Arc<VfioFunction>)>>;
+/// A group whose devices are this machine's, before it has a place in the guest.
+pub(crate) struct PreparedGroup {
+    candidates: Vec<Candidate>,
+    /// Their numbers in the group's slot.
+    numbers: Vec<u8>,
+    options: Options,
+}
+
+/// The functions of a group with their numbers in its slot.
+pub(crate) type Functions = Vec<(u8, Arc<VfioFunction>)>;
 
 /// A group's devices, opened, with what they share.
 type Opened = (Arc<Session>, Vec<Arc<dyn HostDevice>>);
 
 impl Passthrough {
     /// A machine without devices of the host.
-    pub(crate) fn new(vm: Arc<VmFd>, memory: GuestMemory, services: Services) -> Self {
-        Self { vm, memory, services, sysfs: Sysfs::default(), kvm: None, session: Weak::new() }
+    pub(crate) fn new(vm: Arc<VmFd>, memory: GuestMemory) -> Self {
+        Self { vm, memory, sysfs: Sysfs::default(), shared: Mutex::default() }
     }
 
-    /// Makes the group of a device into functions. All of the guest's RAM is the device's from here on.
+    /// Opens and resets the devices of a group. All of the guest's RAM is theirs from here on. May take seconds.
     ///
     /// # Errors
-    /// When the group cannot be given, or the windows have no room. Nothing is left then.
-    pub(crate) fn attach(&mut self, config: &VfioConfig, windows: &mut Windows) -> Result<Slots, VfioError> {
+    /// When the group cannot be given. Nothing is left then.
+    pub(crate) fn prepare(&self, config: &VfioConfig) -> Result<PreparedGroup, VfioError> {
         let group = self.sysfs.group(&config.path)?;
         group.require_viable()?;
-        let (session, hosts) = self.open(&group)?;
-        self.services.windows = windows.ranges();
         let addresses: Vec<Address> = group.functions.iter().map(|function| function.address).collect();
-        let candidates = hosts.into_iter().map(Candidate::new).collect::<Result<Vec<_>, _>>()?;
-        let requests: Vec<BarRequest> = candidates.iter().flat_map(Candidate::requests).collect();
-        let places = windows.place(&requests)?;
-        let made = self.functions(config, &addresses, candidates, &places, &session);
-        made.inspect_err(|_| places.into_iter().for_each(|place| windows.free(place)))
-    }
-
-    fn functions(
-        &self,
-        config: &VfioConfig,
-        addresses: &[Address],
-        candidates: Vec<Candidate>,
-        places: &[Range],
-        session: &Arc<Session>,
-    ) -> Result<Slots, VfioError> {
-        let numbers = slots(addresses);
-        let mut made: BTreeMap<usize, Vec<_>> = BTreeMap::new();
-        let mut places = places;
-        for (candidate, (slot, number)) in candidates.into_iter().zip(&numbers) {
-            let (own, rest) = places.split_at(candidate.requests().len());
-            places = rest;
-            let options = Options {
-                clique: config.clique,
-                peers: config.peer_to_peer.then(|| Arc::clone(&session.dma)),
-                multi_function: numbers.iter().filter(|(other, _)| other == slot).count() > 1,
-                keeper: Some(Arc::clone(session) as _),
-            };
-            let function = VfioFunction::new(candidate, own, &self.services, &options)?;
-            made.entry(*slot).or_default().push((*number, Arc::new(function)));
-        }
-        Ok(made.into_values().collect())
+        let count = addresses.len();
+        let numbers = numbers(&addresses).ok_or(VfioError::TooManyFunctions { group: group.number, count })?;
+        let (session, hosts) = self.open(&group)?;
+        let options = Options {
+            clique: config.clique,
+            peers: config.peer_to_peer.then(|| Arc::clone(&session.dma)),
+            multi_function: numbers.len() > 1,
+            keeper: Some(session),
+        };
+        let candidates = hosts.into_iter().map(Candidate::new).collect::<Result<_, _>>()?;
+        Ok(PreparedGroup { candidates, numbers, options })
     }
 
     /// Opens all devices of a group, and gives them the guest's RAM if they are the first.
-    fn open(&mut self, group: &Group) -> Result<Opened, VfioError> {
+    fn open(&self, group: &Group) -> Result<Opened, VfioError> {
         let name = format!("IOMMU group {}", group.number);
         let refused = |source| VfioError::Host { device: name.clone(), action: "open its devices", source };
-        if let Some(session) = self.session.upgrade() {
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(session) = shared.session.upgrade() {
             let hosts = session.way.open(group).map_err(refused)?;
             return Ok((session, hosts));
         }
-        let way = Way::choose(group, self.kvm()).map_err(refused)?;
+        let way = Way::choose(group, shared.kvm(&self.vm)).map_err(refused)?;
         let hosts = way.open(group).map_err(refused)?;
         let dma = Dma::new(way.iommu()).map_err(refused)?;
         let session = Arc::new(Session { way, dma: Arc::new(dma), memory: Arc::clone(&self.memory) });
         session.map_ram()?;
-        self.session = Arc::downgrade(&session);
+        shared.session = Arc::downgrade(&session);
         Ok((session, hosts))
     }
+}
 
-    fn kvm(&mut self) -> Option<Arc<KvmVfio>> {
+impl SharedState {
+    fn kvm(&mut self, vm: &VmFd) -> Option<Arc<KvmVfio>> {
         if self.kvm.is_none() {
-            match KvmVfio::new(&self.vm) {
+            match KvmVfio::new(vm) {
                 Ok(kvm) => self.kvm = Some(Arc::new(kvm)),
                 // Without it, devices that bypass the caches are the only ones that could suffer.
                 Err(error) => tracing::warn!(%error, "KVM was built without VFIO: it does not learn of devices"),
@@ -114,16 +106,49 @@ impl Passthrough {
     }
 }
 
-/// Slot and function number of each function in the guest: functions of one device stay together where its function 0 is
-/// among them, because a guest looks for the others only then. Every other one gets a slot of its own.
-fn slots(addresses: &[Address]) -> Vec<(usize, u8)> {
-    let is_first = |one: &Address, other: &Address| other.function == 0 && one.device() == other.device();
-    let first = |one: &Address| addresses.iter().position(|other| is_first(one, other));
-    let number = |(index, one): (usize, &Address)| match first(one) {
-        Some(slot) => (slot, one.function),
-        None => (index, 0),
-    };
-    addresses.iter().enumerate().map(number).collect()
+impl PreparedGroup {
+    /// Gives the functions their memory in the windows. Gives what that takes, too, to be given back when they have gone.
+    ///
+    /// # Errors
+    /// When the windows have no room, or a device does not answer. Nothing is taken then.
+    pub(crate) fn place(
+        self,
+        windows: &mut Windows,
+        services: &Services,
+    ) -> Result<(Functions, Vec<Range>), VfioError> {
+        let requests: Vec<BarRequest> = self.candidates.iter().flat_map(Candidate::requests).collect();
+        let places = windows.place(&requests)?;
+        match self.functions(&places, services) {
+            Ok(functions) => Ok((functions, places)),
+            Err(error) => {
+                places.into_iter().for_each(|place| windows.free(place));
+                Err(error)
+            }
+        }
+    }
+
+    fn functions(self, places: &[Range], services: &Services) -> Result<Functions, VfioError> {
+        let mut rest = places;
+        let mut functions = Functions::new();
+        for (candidate, number) in self.candidates.into_iter().zip(self.numbers) {
+            let (own, others) = rest.split_at(candidate.requests().len());
+            rest = others;
+            let function = VfioFunction::new(candidate, own, services, &self.options)?;
+            functions.push((number, Arc::new(function)));
+        }
+        Ok(functions)
+    }
+}
+
+/// The number of each function of a group in the group's slot: those of one device keep theirs, because drivers find each
+/// other by them; those of several are counted. Nothing when there are more than a slot has.
+fn numbers(addresses: &[Address]) -> Option<Vec<u8>> {
+    const MAX: usize = 8;
+    let one_device = addresses.iter().all(|one| Some(one.device()) == addresses.first().map(|first| first.device()));
+    if one_device && addresses.iter().any(|one| one.function == 0) {
+        return Some(addresses.iter().map(|one| one.function).collect());
+    }
+    (addresses.len() <= MAX).then(|| (0..8).take(addresses.len()).collect())
 }
 
 /// How the host gives its devices.
@@ -191,30 +216,26 @@ impl Session {
 mod tests {
     use super::*;
 
-    fn numbers(addresses: &[&str]) -> Vec<(usize, u8)> {
-        slots(&addresses.iter().map(|address| address.parse().unwrap()).collect::<Vec<_>>())
+    fn of(addresses: &[&str]) -> Option<Vec<u8>> {
+        numbers(&addresses.iter().map(|address| address.parse().unwrap()).collect::<Vec<_>>())
     }
 
     #[test]
-    fn functions_of_a_device_share_a_slot_when_its_first_function_is_among_them() {
-        assert_eq!(numbers(&["01:00.0", "01:00.1", "02:00.0"]), [(0, 0), (0, 1), (2, 0)]);
-        assert_eq!(numbers(&["01:00.1", "01:00.3"]), [(0, 0), (1, 0)]);
-        assert_eq!(numbers(&["01:00.0", "01:01.1", "02:00.1"]), [(0, 0), (1, 0), (2, 0)]);
+    fn a_group_fills_one_slot_whose_first_function_is_there() {
+        assert_eq!(of(&["01:00.0"]), Some(vec![0]));
+        assert_eq!(of(&["01:00.0", "01:00.1", "01:00.3"]), Some(vec![0, 1, 3]));
+        assert_eq!(of(&["01:00.1", "01:00.3"]), Some(vec![0, 1]));
+        assert_eq!(of(&["01:00.0", "02:00.0", "02:00.1"]), Some(vec![0, 1, 2]));
+        assert_eq!(of(&["01:00.0"; 9].map(|_| "01:00.1")), None);
     }
 
     #[test]
     fn a_device_that_is_not_there_is_refused() {
-        let vm = match crate::kvm::open().and_then(|kvm| crate::kvm::create_vm(&kvm)) {
-            Ok(vm) => vm,
-            Err(error) => panic!("a VM is needed: {error}"),
-        };
-        let kvm = Arc::new(crate::vfio::testing::FakeKvm::default());
-        let services = crate::vfio::testing::services(&kvm, &[]);
+        let vm = crate::kvm::open().and_then(|kvm| crate::kvm::create_vm(&kvm)).unwrap();
         let memory = crate::memory::GuestRam::new(64 << 20).unwrap();
-        let mut passthrough = Passthrough::new(vm, Arc::clone(memory.memory()), services);
+        let passthrough = Passthrough::new(vm, Arc::clone(memory.memory()));
         let config = VfioConfig { path: "/dev/vfio/4096".into(), clique: None, peer_to_peer: false };
-        let mut windows = Windows::new(crate::memory::layout::PCI_32, None);
-        let error = passthrough.attach(&config, &mut windows).err().unwrap().to_string();
+        let error = passthrough.prepare(&config).err().unwrap().to_string();
         assert!(error.contains("/dev/vfio/4096") && error.contains("give"), "{error}");
     }
 }

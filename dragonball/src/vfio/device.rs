@@ -25,6 +25,8 @@ pub(crate) struct Services {
     pub(crate) slots: Arc<dyn Slots>,
     /// KVM's interrupt routes.
     pub(crate) routes: Arc<dyn Routes>,
+    /// Called at the guest's first write to a function: it has found it.
+    pub(crate) found: Arc<dyn Fn() + Send + Sync>,
     /// The addresses that BARs may have: a guest that puts one elsewhere, over its RAM for instance, loses it.
     pub(crate) windows: Vec<Range>,
 }
@@ -83,6 +85,8 @@ pub(crate) struct VfioFunction {
     windows: Vec<Range>,
     view: View,
     msix_layout: Option<MsixLayout>,
+    /// Called once.
+    found: Mutex<Option<Arc<dyn Fn() + Send + Sync>>>,
     state: Mutex<State>,
     /// Dropped last, after the device was closed.
     _keeper: Option<Arc<dyn Send + Sync>>,
@@ -141,7 +145,8 @@ impl VfioFunction {
         };
         let view = View { slots: Arc::clone(&services.slots), peers: options.peers.clone() };
         let windows = services.windows.clone();
-        Ok(Self { host, windows, view, msix_layout, state: Mutex::new(state), _keeper: options.keeper.clone() })
+        let found = Mutex::new(Some(Arc::clone(&services.found)));
+        Ok(Self { host, windows, view, msix_layout, found, state: Mutex::new(state), _keeper: options.keeper.clone() })
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -232,6 +237,9 @@ impl PciFunction for VfioFunction {
     }
 
     fn write_config(&self, register: u16, data: &[u8]) -> bool {
+        if let Some(found) = self.found.lock().unwrap_or_else(PoisonError::into_inner).take() {
+            found();
+        }
         let mut guard = self.state();
         let state = &mut *guard;
         let register = usize::from(register);

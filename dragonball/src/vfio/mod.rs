@@ -28,7 +28,7 @@ mod table;
 mod testing;
 mod vectors;
 
-pub(crate) use attach::Passthrough;
+pub(crate) use attach::{Passthrough, PreparedGroup};
 pub(crate) use device::Services;
 
 /// Why a device of the host cannot be given to the guest.
@@ -88,6 +88,17 @@ pub(crate) enum VfioError {
         /// The host's answer.
         #[source]
         source: io::Error,
+    },
+    /// A slot has no place for all functions of a group.
+    #[error(
+        "IOMMU group {group} has {count} functions, a slot of the guest has eight: use a slot of the host that isolates its \
+         devices (PCI Express with ACS)"
+    )]
+    TooManyFunctions {
+        /// The group's number.
+        group: u32,
+        /// How many it has.
+        count: usize,
     },
     /// The windows have no room.
     #[error(transparent)]

@@ -291,5 +291,10 @@ impl Routes for FakeKvm {
 
 /// A machine with nothing but a window for BARs.
 pub(super) fn services(kvm: &Arc<FakeKvm>, windows: &[Range]) -> super::device::Services {
-    super::device::Services { slots: Arc::clone(kvm) as _, routes: Arc::clone(kvm) as _, windows: windows.to_vec() }
+    super::device::Services {
+        slots: Arc::clone(kvm) as _,
+        routes: Arc::clone(kvm) as _,
+        windows: windows.to_vec(),
+        found: Arc::new(|| ()),
+    }
 }

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use crate::ctl::Ctl;
 use clap::{Args, Parser, Subcommand};
 use dragonball::{ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VfioConfig, VsockConfig};
 
@@ -19,6 +20,8 @@ pub(crate) enum Command {
     /// Boots a Linux kernel and waits for the machine's end.
     #[command(after_help = EXIT_STATUS)]
     Run(Box<Run>),
+    /// Changes a running machine: devices and vCPUs come and go.
+    Ctl(Ctl),
 }
 
 const EXAMPLES: &str = "\
@@ -70,6 +73,14 @@ pub(crate) struct Run {
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u8,
 
+    /// The most vCPUs that the machine may get while it runs.
+    #[arg(long, value_name = "N", requires = "control")]
+    max_cpus: Option<u8>,
+
+    /// Make a control socket here, for `dragonball ctl`: devices and vCPUs can come and go.
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) control: Option<PathBuf>,
+
     /// Guest memory, a multiple of 2 MiB.
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
     memory: u64,
@@ -119,9 +130,9 @@ pub(crate) struct Run {
 
 /// An image file of a device.
 #[derive(Clone)]
-struct Image {
-    path: PathBuf,
-    read_only: bool,
+pub(crate) struct Image {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
 }
 
 fn parse_size(text: &str) -> Result<u64, String> {
@@ -138,12 +149,12 @@ fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than 64 bits can hold"))
 }
 
-fn parse_image(text: &str) -> Result<Image, String> {
+pub(crate) fn parse_image(text: &str) -> Result<Image, String> {
     let (path, read_only) = text.strip_suffix(",ro").map_or((text, false), |path| (path, true));
     if path.is_empty() { Err("give a file".to_owned()) } else { Ok(Image { path: path.into(), read_only }) }
 }
 
-fn parse_fs(text: &str) -> Result<FsConfig, String> {
+pub(crate) fn parse_fs(text: &str) -> Result<FsConfig, String> {
     match text.split_once('=') {
         Some((tag, directory)) if !tag.is_empty() && !directory.is_empty() => {
             Ok(FsConfig { tag: tag.to_owned(), directory: directory.into() })
@@ -152,7 +163,7 @@ fn parse_fs(text: &str) -> Result<FsConfig, String> {
     }
 }
 
-fn parse_vfio(text: &str) -> Result<VfioConfig, String> {
+pub(crate) fn parse_vfio(text: &str) -> Result<VfioConfig, String> {
     let mut parts = text.split(',');
     let path = parts.next().filter(|path| !path.is_empty()).ok_or("give a device, for instance 0000:01:00.0")?;
     let mut config = VfioConfig { path: path.into(), clique: None, peer_to_peer: false };
@@ -186,6 +197,8 @@ impl From<Run> for MachineConfig {
             vfio: run.vfio,
             console: run.console.unwrap_or_default(),
             debug_uart: run.debug_uart.unwrap_or_default(),
+            vcpus_max: run.max_cpus,
+            hot_plug: run.control.is_some(),
             boot_timer: run.boot_timer,
             ..Self::new(run.kernel)
         }
@@ -198,8 +211,10 @@ mod tests {
 
     fn config(arguments: &[&str]) -> MachineConfig {
         let all = ["dragonball", "run", "--kernel", "vmlinux"].iter().chain(arguments);
-        let Command::Run(run) = Cli::try_parse_from(all).unwrap().command;
-        (*run).into()
+        match Cli::try_parse_from(all).unwrap().command {
+            Command::Run(run) => (*run).into(),
+            Command::Ctl(_) => panic!("not a machine"),
+        }
     }
 
     #[test]
@@ -234,6 +249,10 @@ mod tests {
             "--debug-uart",
             "log",
             "--boot-timer",
+            "--control",
+            "control",
+            "--max-cpus",
+            "4",
         ]);
         let expected = MachineConfig {
             kernel: "vmlinux".into(),
@@ -254,6 +273,8 @@ mod tests {
             ],
             console: ConsoleOutput::Stdio,
             debug_uart: ConsoleOutput::File("log".into()),
+            vcpus_max: Some(4),
+            hot_plug: true,
             boot_timer: true,
         };
         assert_eq!(machine, expected);

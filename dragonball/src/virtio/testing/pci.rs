@@ -75,11 +75,12 @@ impl PciMachine {
             control,
         };
         let bus = PciBus::default();
-        for (number, device) in devices.iter().enumerate() {
-            let address = PCI_32.start + number as u64 * u64::from(REGION_LENGTH);
+        for (number, device) in (0..).zip(&devices) {
+            let address = PCI_32.start + number * u64::from(REGION_LENGTH);
             let address = u32::try_from(address).expect("an address below 4 GiB");
             let transport = Transport::new(hardware.clone(), device.as_ref(), number, address).expect("a transport");
-            bus.add(Arc::new(transport)).expect("a slot");
+            let slot = bus.free_slot().expect("a slot");
+            assert!(bus.add(slot, Arc::new(transport)));
         }
         bus
     }
