@@ -2,7 +2,7 @@
 //!
 //! It knows the devices of the lab by their ids: QEMU's `edu` and `nvme`, and the GPU model. For each function that it
 //! finds it prints one line, `NAME: ok` with what was seen or `NAME: FAILED` with the reason, then `devices: N ok, M
-//! failed`, and powers the machine off. Kernel modules under `/modules` are loaded first, in the order of their names.
+//! failed`, and powers the machine off if it is the first process; else it only uses the devices. Kernel modules under `/modules` are loaded first, in the order of their names.
 
 mod edu;
 mod gpu;
@@ -22,7 +22,8 @@ use pci::Function;
 type Outcome = Result<String, String>;
 
 fn main() {
-    if let Err(error) = prepare() {
+    let is_first = std::process::id() == 1;
+    if is_first && let Err(error) = prepare() {
         println!("guest: FAILED: {error}");
     }
     let functions = Function::all().unwrap_or_default();
@@ -49,8 +50,10 @@ fn main() {
         }
     }
     println!("devices: {ok} ok, {failed} failed");
-    // Does not return; where it is refused, the end of the first process is a panic, which ends the machine too.
-    let _ = reboot(RebootMode::RB_POWER_OFF);
+    if is_first {
+        // Does not return; where it is refused, the end of the first process is a panic, which ends the machine too.
+        let _ = reboot(RebootMode::RB_POWER_OFF);
+    }
 }
 
 fn prepare() -> io::Result<()> {
