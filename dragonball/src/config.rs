@@ -5,6 +5,10 @@ use std::path::{Path, PathBuf};
 
 use crate::host;
 
+mod net;
+
+pub use net::{MTU_MIN, MacAddress, NET_QUEUES_MAX, NetConfig, TapDescriptors, TapSource, VhostMode};
+
 /// Guest memory is given in multiples of this many bytes (2 MiB), so that the host can back it by huge pages.
 pub const MEMORY_GRANULE: u64 = 2 << 20;
 /// The least guest memory (32 MiB) that a kernel and its `init` start in.
@@ -36,6 +40,8 @@ pub struct MachineConfig {
     pub pmem: Vec<PmemConfig>,
     /// Block devices, `/dev/vda` and on.
     pub disks: Vec<DiskConfig>,
+    /// Network cards, `eth0` and on.
+    pub net: Vec<NetConfig>,
     /// Shared directories.
     pub fs: Vec<FsConfig>,
     /// The socket device.
@@ -69,6 +75,7 @@ impl MachineConfig {
             memory: 128 << 20,
             pmem: Vec::new(),
             disks: Vec::new(),
+            net: Vec::new(),
             fs: Vec::new(),
             vsock: None,
             vfio: Vec::new(),
@@ -116,6 +123,8 @@ pub enum DeviceConfig {
     Pmem(PmemConfig),
     /// A disk.
     Blk(DiskConfig),
+    /// A network card.
+    Net(NetConfig),
     /// A shared directory.
     Fs(FsConfig),
     /// A device of the host.
@@ -129,6 +138,7 @@ impl DeviceConfig {
         match self {
             Self::Pmem(_) => "pmem",
             Self::Blk(_) => "blk",
+            Self::Net(_) => "net",
             Self::Fs(_) => "fs",
             Self::Vfio(_) => "vfio",
         }
@@ -146,6 +156,7 @@ impl DeviceConfig {
                 Some(clique) => Err(ConfigError::Clique(clique)),
                 None => Ok(()),
             },
+            Self::Net(net) => net.validate(),
             Self::Fs(fs) => {
                 if fs.tag.is_empty() || fs.tag.len() > TAG_MAX {
                     return Err(ConfigError::Tag(fs.tag.clone()));
@@ -264,6 +275,24 @@ pub enum ConfigError {
     /// A shared directory's tag that is empty, too long, or used twice.
     #[error("The tag {0:?} cannot be used: give each shared directory its own tag of 1 to 36 bytes")]
     Tag(String),
+    /// What is no address of a card.
+    #[error("{0:?} is no address of a network card: give a unicast one, for instance 02:00:00:00:00:01")]
+    Mac(String),
+    /// What is no name of an interface.
+    #[error("{0:?} is no name of an interface: give 1 to 15 printable ASCII characters other than / : and %")]
+    InterfaceName(String),
+    /// Two cards on one tap interface.
+    #[error("The tap {0} cannot serve two network cards: give each its own")]
+    TapTwice(String),
+    /// No queue pair, or too many.
+    #[error("{given} queue pairs of a network card are out of range: give 1 to {NET_QUEUES_MAX}")]
+    NetQueues {
+        /// What was asked for.
+        given: usize,
+    },
+    /// An MTU that no network works with.
+    #[error("An MTU of {0} bytes is too small: give at least {MTU_MIN}")]
+    Mtu(u16),
     /// A context id that is reserved.
     #[error("The vsock context id {0} is reserved: give 3 to 4294967294")]
     GuestCid(u32),
@@ -305,6 +334,7 @@ impl MachineConfig {
         self.validate_vcpus(limits.vcpus)?;
         self.validate_cmdline()?;
         self.validate_devices()?;
+        self.validate_taps()?;
         self.validate_files()
     }
 
@@ -380,8 +410,9 @@ impl MachineConfig {
     pub(crate) fn devices(&self) -> impl Iterator<Item = DeviceConfig> {
         let pmem = self.pmem.iter().cloned().map(DeviceConfig::Pmem);
         let disks = self.disks.iter().cloned().map(DeviceConfig::Blk);
+        let net = self.net.iter().cloned().map(DeviceConfig::Net);
         let fs = self.fs.iter().cloned().map(DeviceConfig::Fs);
-        pmem.chain(disks).chain(fs)
+        pmem.chain(disks).chain(net).chain(fs)
     }
 
     /// The devices of the host. They come last, because their memory lies above everything else.

@@ -26,7 +26,8 @@ mod vm;
 
 pub use boot::BootError;
 pub use config::{
-    ConfigError, ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MachineConfig, PmemConfig, VfioConfig, VsockConfig,
+    ConfigError, ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MacAddress, MachineConfig, NetConfig, PmemConfig,
+    TapDescriptors, TapSource, VfioConfig, VhostMode, VsockConfig,
 };
 pub use kvm::KvmError;
 pub use machine::{StartError, start};

@@ -26,6 +26,7 @@ use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::Fs;
+use crate::virtio::net::Net;
 use crate::virtio::pci::{Hardware, Lines, REGION_LENGTH, Transport};
 use crate::virtio::pmem::{Pmem, PmemMode};
 use crate::virtio::rng::Rng;
@@ -88,6 +89,7 @@ impl PreparedDevice {
                 Part::Other(Box::new(Blk::open(&disk.path, disk.read_only).map_err(unmade(kind))?))
             }
             DeviceConfig::Vfio(vfio) => Part::Vfio(passthrough.prepare(vfio).map_err(unmade(kind))?),
+            DeviceConfig::Net(net) => Part::Other(Box::new(Net::open(net).map_err(unmade(kind))?)),
             DeviceConfig::Fs(fs) => Part::Other(Box::new(Fs::new(&fs.tag, &fs.directory).map_err(unmade(kind))?)),
         };
         Ok(Self { kind, part })

@@ -4,6 +4,7 @@ pub mod blk;
 pub mod console;
 pub mod device;
 pub mod fs;
+pub mod net;
 pub mod pmem;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]

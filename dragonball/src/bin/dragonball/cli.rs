@@ -4,7 +4,10 @@ use std::path::PathBuf;
 
 use crate::ctl::Ctl;
 use clap::{Args, Parser, Subcommand};
-use dragonball::{ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VfioConfig, VsockConfig};
+use dragonball::{
+    ConsoleOutput, DiskConfig, FsConfig, MachineConfig, NetConfig, PmemConfig, TapSource, VfioConfig, VhostMode,
+    VsockConfig,
+};
 
 /// Runs virtual machines.
 #[derive(Parser)]
@@ -32,6 +35,10 @@ Examples:
   A root file system as persistent memory, a disk, a shared directory (in the guest: mount -t virtiofs work /mnt):
     dragonball run --kernel vmlinux --cmdline 'root=/dev/pmem0 rootflags=dax ro' --pmem root.erofs \\
         --disk data.img --fs work=/srv/work --console -
+
+  A network card on the tap interface tap0, which is made and set up if it is not there (then, on the host:
+  ip address add 10.0.0.1/24 dev tap0):
+    dragonball run --kernel vmlinux --initrd initrd.cpio --net tap=tap0 --console -
 
   A GPU of the host, which was bound to vfio-pci before:
     dragonball run --kernel vmlinux --initrd initrd.cpio --memory 2G --vfio 0000:01:00.0 --console -
@@ -92,6 +99,16 @@ pub(crate) struct Run {
     /// A file or block device that the guest sees as a disk (/dev/vda and on). Can be repeated.
     #[arg(long, value_name = "FILE[,ro]", value_parser = parse_image)]
     disk: Vec<Image>,
+
+    /// A network card (eth0 and on) on a tap interface, which is made if it is not there and goes away with the machine
+    /// then. More queue pairs than one need an interface made with multi_queue. The host kernel moves the packets where it
+    /// can (vhost=auto), must do so (on) or does not (off). Can be repeated.
+    #[arg(
+        long,
+        value_name = "tap=NAME[,mac=ADDRESS][,mtu=BYTES][,queues=N][,vhost=auto|on|off]",
+        value_parser = parse_net
+    )]
+    net: Vec<NetConfig>,
 
     /// A directory that the guest can mount by a tag. Can be repeated.
     #[arg(long, value_name = "TAG=DIR", value_parser = parse_fs)]
@@ -154,6 +171,40 @@ pub(crate) fn parse_image(text: &str) -> Result<Image, String> {
     if path.is_empty() { Err("give a file".to_owned()) } else { Ok(Image { path: path.into(), read_only }) }
 }
 
+pub(crate) fn parse_net(text: &str) -> Result<NetConfig, String> {
+    const KEYS: &str = "use tap, mac, mtu, queues and vhost, each at most once";
+    let (mut config, mut name, mut queues) = (NetConfig::new(""), None, 1);
+    let mut seen = Vec::new();
+    for part in text.split(',') {
+        let (key, value) = part.split_once('=').ok_or_else(|| format!("{part:?} has no value: {KEYS}"))?;
+        if seen.contains(&key) {
+            return Err(format!("{key} is given twice: {KEYS}"));
+        }
+        seen.push(key);
+        let number = || value.parse().map_err(|_| format!("{value:?} is no number of 0 to 65535: correct {key}"));
+        match key {
+            "tap" => name = Some(value.to_owned()),
+            "mac" => config.mac = Some(value.parse().map_err(|error| format!("{error}"))?),
+            "mtu" => config.mtu = Some(number()?),
+            "queues" => queues = number()?,
+            "vhost" => config.vhost = parse_vhost(value)?,
+            _ => return Err(format!("{key:?} is no part of a network card: {KEYS}")),
+        }
+    }
+    let name = name.ok_or("name the tap interface, for instance tap=tap0")?;
+    config.tap = TapSource::Name { name, queues };
+    Ok(config)
+}
+
+fn parse_vhost(text: &str) -> Result<VhostMode, String> {
+    match text {
+        "auto" => Ok(VhostMode::Auto),
+        "on" => Ok(VhostMode::On),
+        "off" => Ok(VhostMode::Off),
+        _ => Err(format!("vhost cannot be {text:?}: use auto, on or off")),
+    }
+}
+
 pub(crate) fn parse_fs(text: &str) -> Result<FsConfig, String> {
     match text.split_once('=') {
         Some((tag, directory)) if !tag.is_empty() && !directory.is_empty() => {
@@ -192,6 +243,7 @@ impl From<Run> for MachineConfig {
             memory: run.memory,
             pmem: run.pmem.into_iter().map(|Image { path, read_only }| PmemConfig { path, read_only }).collect(),
             disks: run.disk.into_iter().map(|Image { path, read_only }| DiskConfig { path, read_only }).collect(),
+            net: run.net,
             fs: run.fs,
             vsock: run.vsock.map(|socket| VsockConfig { guest_cid, socket }),
             vfio: run.vfio,
@@ -219,41 +271,13 @@ mod tests {
 
     #[test]
     fn every_option_reaches_the_machine() {
-        let machine = config(&[
-            "--initrd",
-            "initrd",
-            "--cmdline",
-            "-x one=1",
-            "--cpus",
-            "2",
-            "--memory",
-            "1G",
-            "--pmem",
-            "a,ro",
-            "--pmem",
-            "b",
-            "--disk",
-            "c",
-            "--fs",
-            "tag=/dir=1",
-            "--vsock",
-            "sock",
-            "--vsock-cid",
-            "7",
-            "--vfio",
-            "0000:01:00.0,p2p,clique=3",
-            "--vfio",
-            "/dev/vfio/7",
-            "--console",
-            "-",
-            "--debug-uart",
-            "log",
-            "--boot-timer",
-            "--control",
-            "control",
-            "--max-cpus",
-            "4",
-        ]);
+        let options = "--initrd initrd --cpus 2 --memory 1G --pmem a,ro --pmem b --disk c --net tap=tap0 \
+            --net vhost=off,queues=4,mtu=9000,mac=02:00:00:00:00:07,tap=tap1 --fs tag=/dir=1 --vsock sock --vsock-cid 7 \
+             --vfio 0000:01:00.0,p2p,clique=3 --vfio /dev/vfio/7 \
+            --console - --debug-uart log --boot-timer --control control --max-cpus 4";
+        let mut options: Vec<_> = options.split_whitespace().collect();
+        options.extend(["--cmdline", "-x one=1"]);
+        let machine = config(&options);
         let expected = MachineConfig {
             kernel: "vmlinux".into(),
             initrd: Some("initrd".into()),
@@ -265,6 +289,15 @@ mod tests {
                 PmemConfig { path: "b".into(), read_only: false },
             ],
             disks: vec![DiskConfig { path: "c".into(), read_only: false }],
+            net: vec![
+                NetConfig::new("tap0"),
+                NetConfig {
+                    tap: TapSource::Name { name: "tap1".to_owned(), queues: 4 },
+                    mac: Some("02:00:00:00:00:07".parse().unwrap()),
+                    mtu: Some(9000),
+                    vhost: VhostMode::Off,
+                },
+            ],
             fs: vec![FsConfig { tag: "tag".to_owned(), directory: "/dir=1".into() }],
             vsock: Some(VsockConfig { guest_cid: 7, socket: "sock".into() }),
             vfio: vec![
@@ -304,6 +337,24 @@ mod tests {
         {
             let arguments = ["dragonball", "run", "--kernel", "vmlinux", option];
             assert!(Cli::try_parse_from(arguments).is_err(), "{option}");
+        }
+    }
+
+    #[test]
+    fn a_network_card_that_cannot_be_meant_is_refused_with_what_is_wrong() {
+        for (text, reason) in [
+            ("", "has no value"),
+            ("tap0", "has no value"),
+            ("mac=02:00:00:00:00:01", "tap=tap0"),
+            ("tap=a,tap=b", "given twice"),
+            ("tap=a,speed=10", "no part of a network card"),
+            ("tap=a,mac=ff:ff:ff:ff:ff:ff", "unicast"),
+            ("tap=a,mtu=70000", "no number"),
+            ("tap=a,queues=-1", "no number"),
+            ("tap=a,vhost=maybe", "auto, on or off"),
+        ] {
+            let error = parse_net(text).unwrap_err();
+            assert!(error.contains(reason), "{text}: {error}");
         }
     }
 }

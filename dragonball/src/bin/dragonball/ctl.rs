@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use dragonball::control_socket::{ControlAnswer, ControlError, ControlRequest, ask};
 use dragonball::manage::{DeviceInfo, MachineInfo, Presence, RangeInfo};
-use dragonball::{DeviceConfig, DiskConfig, FsConfig, PmemConfig, VfioConfig};
+use dragonball::{DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VfioConfig};
 
-use crate::cli::{Image, parse_fs, parse_image, parse_vfio};
+use crate::cli::{Image, parse_fs, parse_image, parse_net, parse_vfio};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -54,6 +54,15 @@ enum Action {
         /// The file, with ",ro" appended to refuse writes.
         #[arg(value_name = "FILE[,ro]", value_parser = parse_image)]
         image: Image,
+        /// The device's name, for info and remove.
+        #[arg(long)]
+        name: Option<String>,
+    },
+    /// Adds a network card on a tap interface, which is made if it is not there.
+    AddNet {
+        /// The interface and the card.
+        #[arg(value_name = "tap=NAME[,mac=ADDRESS][,mtu=BYTES][,queues=N][,vhost=auto|on|off]", value_parser = parse_net)]
+        net: NetConfig,
         /// The device's name, for info and remove.
         #[arg(long)]
         name: Option<String>,
@@ -120,6 +129,7 @@ fn request(action: Action, deadline_ms: u32) -> ControlRequest {
         Action::AddPmem { image: Image { path, read_only }, name } => {
             add(name, DeviceConfig::Pmem(PmemConfig { path: absolute(path), read_only }))
         }
+        Action::AddNet { net, name } => add(name, DeviceConfig::Net(net)),
         Action::AddFs { fs, name } => add(name, DeviceConfig::Fs(FsConfig { directory: absolute(fs.directory), ..fs })),
         Action::AddVfio { device, name } => add(name, DeviceConfig::Vfio(device)),
         Action::Remove { name } => ControlRequest::RemoveDevice { name, deadline_ms },

@@ -13,6 +13,7 @@ pub mod pci;
 mod ring;
 pub mod scenes;
 pub mod script;
+pub mod wire;
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
@@ -128,8 +129,13 @@ impl<D: VirtioDevice> Harness<D> {
 
     /// A device at work whose driver does not know `RING_EVENT_IDX`.
     pub fn without_event_index(device: D) -> Self {
+        Self::without_features(device, 1 << VIRTIO_RING_F_EVENT_IDX)
+    }
+
+    /// A device at work whose driver does not know the feature bits `unknown`.
+    pub fn without_features(device: D, unknown: u64) -> Self {
         let mut harness = Self::idle(device);
-        harness.features &= !(1 << VIRTIO_RING_F_EVENT_IDX);
+        harness.features &= !unknown;
         harness.activate().expect("activation");
         harness
     }
@@ -143,6 +149,7 @@ impl<D: VirtioDevice> Harness<D> {
         let queues = (0_u16..)
             .zip(&self.rings)
             .zip(&self.kicks)
+            .filter(|((_, ring), _)| !ring.is_disabled())
             .map(|((index, ring), kick)| ActiveQueue {
                 index,
                 queue: ring.device_queue(),

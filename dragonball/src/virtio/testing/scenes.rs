@@ -10,8 +10,10 @@ use tempfile::{NamedTempFile, TempDir};
 
 use super::Harness;
 use super::script::{Scene, Script, run};
+use super::wire::{self, Wire};
 use crate::virtio::blk::{Blk, Resizer};
 use crate::virtio::fs::Fs;
+use crate::virtio::net::Link;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 
@@ -199,5 +201,67 @@ impl Scene for Directory {
         let (from, to) = (&names[usize::from(script.byte() % 4)], &names[usize::from(script.byte() % 4)]);
         // Fails where the names do not fit each other.
         let _ = fs::rename(from, to);
+    }
+}
+
+/// Runs a program on a network card with two queue pairs, with a host on the other side.
+pub fn net(bytes: &[u8]) {
+    let (card, wires) = wire::card(2);
+    let mut scene = Wires { link: card.link(), wires };
+    run(&mut Harness::new(card), Script::new(bytes), &mut scene);
+}
+
+struct Wires {
+    link: Link,
+    wires: Vec<Wire>,
+}
+
+impl Wires {
+    /// A frame of any bytes behind a header of any bytes, mostly shorter than 2 KiB.
+    fn frame(script: &mut Script<'_>) -> Vec<u8> {
+        let length = match script.byte() {
+            0 => usize::from(script.half()),
+            length => 8 * usize::from(length),
+        };
+        let mut frame = script.array::<12>().to_vec();
+        frame.resize(12 + length, script.byte());
+        frame
+    }
+}
+
+impl Scene for Wires {
+    /// A command with as much data as it needs, more or less, or a frame.
+    fn request(&mut self, script: &mut Script<'_>) -> Vec<u8> {
+        if script.byte() & 1 == 0 {
+            return Self::frame(script);
+        }
+        let (class, command) = (script.byte() % 7, script.byte() % 3);
+        let mut request = vec![class, command];
+        match (class, command) {
+            (0, _) => request.push(script.byte() & 1),
+            (1, 0) => {
+                for _ in 0..2 {
+                    let count = script.byte() % 40;
+                    request.extend_from_slice(&u32::from(count).to_le_bytes());
+                    request.extend((0..6 * usize::from(count)).map(|_| script.byte()));
+                }
+            }
+            (1, _) => request.extend_from_slice(&script.array::<6>()),
+            (4, _) => request.extend_from_slice(&[script.byte() % 4, 0]),
+            _ => request.extend_from_slice(&script.array::<8>()),
+        }
+        if script.byte() & 7 == 0 {
+            request.truncate(usize::from(script.byte()));
+        }
+        request
+    }
+
+    fn host(&mut self, script: &mut Script<'_>) {
+        let wire = &self.wires[usize::from(script.byte() & 1)];
+        match script.byte() & 7 {
+            0 => while wire.receive().is_some() {},
+            1 => self.link.set_link(script.byte() & 1 == 0).expect("an event"),
+            _ => drop(wire.send(&Self::frame(script))),
+        }
     }
 }
