@@ -9,6 +9,7 @@
 //! | `device.rs` | a PCI function made of these |
 //! | `dma.rs` | the guest's memory as the device sees it |
 //! | `attach.rs` | a whole IOMMU group as functions of the machine |
+//! | `testing.rs`, `scene.rs` | a synthetic device and KVM, and a hostile driver of them |
 
 use std::io;
 use std::path::PathBuf;
@@ -23,8 +24,10 @@ mod dma;
 mod host;
 mod mapping;
 mod overlay;
+#[cfg(any(test, feature = "testing"))]
+pub mod scene;
 mod table;
-#[cfg(test)]
+#[cfg(any(test, feature = "testing"))]
 mod testing;
 mod vectors;
 

@@ -2,6 +2,8 @@
 //!
 //! The device is strict where VFIO is: it answers memory accesses only while its memory is decoded and it is powered, and
 //! KVM's slots refuse to overlap.
+#![allow(clippy::expect_used, reason = "a test that cannot set its machine up has failed, and says where")]
+#![cfg_attr(not(test), allow(dead_code, reason = "the fuzz target needs less than the tests"))]
 
 use std::collections::BTreeMap;
 use std::fs::File;

@@ -79,7 +79,7 @@ fn end_of_video_memory(function: &Function, size: u64) -> Outcome {
     }
     let (first, _) = function.resource(1).ok_or("it has no BAR 1")?;
     let list = fs::read_to_string("/sys/kernel/debug/x86/pat_memtype_list").unwrap_or_default();
-    let start = format!("{:#x}-", first + size - PAGE as u64);
+    let start = format!("{:#018x}-", first + size - PAGE as u64);
     let line = list.lines().find(|line| line.contains(&start)).map(|line| line.trim().to_owned());
     Ok(line.unwrap_or_else(|| name.to_owned()))
 }
