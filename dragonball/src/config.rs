@@ -17,6 +17,8 @@ pub const MEMORY_MIN: u64 = 32 << 20;
 pub const VCPUS_MAX: u8 = 254;
 /// The longest kernel command line that Linux takes on x86 (`COMMAND_LINE_SIZE` in its `asm/setup.h`), its NUL included.
 pub const CMDLINE_MAX: usize = 2048;
+/// The largest number of a clique: the capability has four bits for it.
+pub const CLIQUE_MAX: u8 = 15;
 /// The most devices of one machine: the slots of PCI bus 0 less the host bridge.
 pub const DEVICES_MAX: usize = 31;
 
@@ -49,6 +51,8 @@ pub struct MachineConfig {
     pub fs: Vec<FsConfig>,
     /// The socket device.
     pub vsock: Option<VsockConfig>,
+    /// Devices of the host that belong to the guest, each with its whole IOMMU group.
+    pub vfio: Vec<VfioConfig>,
     /// Where the virtio console's output goes; [`ConsoleOutput::None`] leaves the device out.
     pub console: ConsoleOutput,
     /// Where the output of a 16550 UART at port 0x3f8 goes; [`ConsoleOutput::None`] leaves it out. With one, the kernel
@@ -81,6 +85,7 @@ impl MachineConfig {
             net: Vec::new(),
             fs: Vec::new(),
             vsock: None,
+            vfio: Vec::new(),
             console: ConsoleOutput::None,
             debug_uart: ConsoleOutput::None,
             vcpus_max: None,
@@ -129,6 +134,8 @@ pub enum DeviceConfig {
     Net(NetConfig),
     /// A shared directory.
     Fs(FsConfig),
+    /// A device of the host.
+    Vfio(VfioConfig),
 }
 
 impl DeviceConfig {
@@ -140,6 +147,7 @@ impl DeviceConfig {
             Self::Blk(_) => "blk",
             Self::Net(_) => "net",
             Self::Fs(_) => "fs",
+            Self::Vfio(_) => "vfio",
         }
     }
 
@@ -151,6 +159,10 @@ impl DeviceConfig {
         match self {
             Self::Pmem(pmem) => require_file("persistent memory image", &pmem.path),
             Self::Blk(disk) => require_open("disk", &disk.path, "a file or block device").map(drop),
+            Self::Vfio(vfio) => match vfio.clique.filter(|clique| *clique > CLIQUE_MAX) {
+                Some(clique) => Err(ConfigError::Clique(clique)),
+                None => Ok(()),
+            },
             Self::Net(net) => net.validate(),
             Self::Fs(fs) => {
                 if fs.tag.is_empty() || fs.tag.len() > TAG_MAX {
@@ -170,6 +182,21 @@ pub struct VsockConfig {
     /// Unix socket that the machine listens on: a peer writes `CONNECT <port>\n` to reach a guest port; the guest
     /// reaches host port P where somebody listens on this path with `_P` appended.
     pub socket: PathBuf,
+}
+
+/// A device of the host that belongs to the guest, with all functions of its IOMMU group.
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VfioConfig {
+    /// Its directory in sysfs (`/sys/bus/pci/devices/0000:01:00.0`) or its address alone, the file of its group
+    /// (`/dev/vfio/7`), or its own device file (`/dev/vfio/devices/vfio0`).
+    pub path: PathBuf,
+    /// NVIDIA's number, 0 to [`CLIQUE_MAX`], of the devices whose guest drivers may access each other's memory.
+    #[serde(default)]
+    pub clique: Option<u8>,
+    /// Whether other devices of the machine may access the memory of this one.
+    #[serde(default)]
+    pub peer_to_peer: bool,
 }
 
 /// Where console output goes.
@@ -300,6 +327,9 @@ pub enum ConfigError {
         /// How many were asked for.
         given: usize,
     },
+    /// A clique that the capability has no number for.
+    #[error("The clique {0} is out of range: give 0 to {CLIQUE_MAX}")]
+    Clique(u8),
     /// Two consoles on standard input and output.
     #[error("The console and the debug UART cannot both use standard input and output: send one of them to a file")]
     StdioTwice,
@@ -397,7 +427,7 @@ impl MachineConfig {
         if let Some(initrd) = &self.initrd {
             require_file("initrd", initrd)?;
         }
-        self.devices().try_for_each(|device| device.validate())
+        self.devices().chain(self.host_devices()).try_for_each(|device| device.validate())
     }
 
     /// The most memory that the guest can have, in bytes.
@@ -414,12 +444,18 @@ impl MachineConfig {
         pmem.chain(disks).chain(net).chain(fs)
     }
 
+    /// The devices of the host. They come last, because their memory lies above everything else.
+    pub(crate) fn host_devices(&self) -> impl Iterator<Item = DeviceConfig> {
+        self.vfio.iter().cloned().map(DeviceConfig::Vfio)
+    }
+
     /// How many PCI devices the machine has. An entropy device comes with the others; a machine that has none and gets
     /// none has no PCI bus either, whose probing would take the guest longer than all the rest of the machine.
     pub(crate) fn device_count(&self) -> usize {
         let console = usize::from(self.console != ConsoleOutput::None);
+        let vsock = usize::from(self.vsock.is_some());
         let memory = usize::from(self.memory_max() > self.memory) + usize::from(self.balloon);
-        let asked_for = self.devices().count() + usize::from(self.vsock.is_some()) + console + memory;
+        let asked_for = self.devices().count() + self.host_devices().count() + vsock + console + memory;
         if asked_for > 0 || self.hot_plug { asked_for + 1 } else { 0 }
     }
 

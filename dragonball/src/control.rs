@@ -24,6 +24,8 @@ pub(crate) enum Request {
         /// What it shall do.
         request: DeviceRequest,
     },
+    /// The guest has found a device of the host.
+    Found(DeviceNumber),
     /// The machine shall change.
     Change(Change),
     /// The guest told something by its hot-plug registers.

@@ -21,13 +21,16 @@ mod pci;
 mod platform;
 mod threads;
 mod vcpu;
+mod vfio;
 mod vm;
 
 pub use boot::BootError;
 pub use config::{
     ConfigError, ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MacAddress, MachineConfig, NetConfig, PmemConfig,
-    TapDescriptors, TapSource, VhostMode, VsockConfig,
+    TapDescriptors, TapSource, VfioConfig, VhostMode, VsockConfig,
 };
 pub use kvm::KvmError;
 pub use machine::{StartError, start};
+#[cfg(any(test, feature = "testing"))]
+pub use vfio::scene as host_device_scene;
 pub use vm::{ExitReason, Vm};

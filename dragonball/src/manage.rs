@@ -5,13 +5,14 @@
 //! was. A device is removed when the guest has let it go; a guest that does not is told no longer to, and the device
 //! stays usable.
 
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 
 use crate::config::{ConfigError, DeviceConfig};
 use crate::control::{Control, Request};
 use crate::machine::PreparedDevice;
-use crate::vm::Shared;
+use crate::vfio::Passthrough;
+use crate::vm::{ExitReason, Shared};
 
 /// How long a guest gets to take a device or to let one go, where nothing else is asked for.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
@@ -274,11 +275,18 @@ pub(crate) enum Change {
 pub struct Manager {
     control: Control,
     shared: Arc<Shared>,
+    /// Gone with the machine, whose memory it holds.
+    passthrough: Weak<Passthrough>,
 }
 
 impl Manager {
-    pub(crate) fn new(control: Control, shared: Arc<Shared>) -> Self {
-        Self { control, shared }
+    pub(crate) fn new(control: Control, shared: Arc<Shared>, passthrough: Weak<Passthrough>) -> Self {
+        Self { control, shared, passthrough }
+    }
+
+    /// Ends the machine.
+    pub(crate) fn end(&self, reason: ExitReason) {
+        self.control.send(Request::End(reason));
     }
 
     fn change(&self, change: Change) {
@@ -305,7 +313,9 @@ impl Manager {
         deadline: Duration,
     ) -> Result<DeviceInfo, ChangeError> {
         config.validate()?;
-        let device = PreparedDevice::open(config)?;
+        let passthrough = self.passthrough.upgrade().ok_or(ChangeError::Ended)?;
+        let device = PreparedDevice::open(config, &passthrough)?;
+        drop(passthrough);
         self.wait(|reply| Change::Add { name, device, deadline, reply })
     }
 

@@ -7,7 +7,6 @@ use std::time::Duration;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::control::{Control, Request};
 use crate::manage::{BalloonSize, Manager, MemorySize};
 use crate::virtio::balloon::{BalloonControl, BalloonState};
 use crate::virtio::console::ConsoleTail;
@@ -163,7 +162,7 @@ pub(crate) fn monotonic_ns() -> u64 {
 /// A running virtual machine. Dropping it stops it.
 pub struct Vm {
     shared: Arc<Shared>,
-    control: Control,
+    manager: Manager,
     thread: Option<JoinHandle<()>>,
 }
 
@@ -173,8 +172,8 @@ pub(crate) const STAMP_START: &str = "start";
 pub(crate) const STAMP_INIT: &str = "init";
 
 impl Vm {
-    pub(crate) fn new(shared: Arc<Shared>, control: Control, thread: JoinHandle<()>) -> Self {
-        Self { shared, control, thread: Some(thread) }
+    pub(crate) fn new(shared: Arc<Shared>, manager: Manager, thread: JoinHandle<()>) -> Self {
+        Self { shared, manager, thread: Some(thread) }
     }
 
     /// A descriptor that becomes readable when the machine has ended, and stays readable. Do not read from it.
@@ -201,12 +200,12 @@ impl Vm {
     /// What changes the machine while it runs.
     #[must_use]
     pub fn manager(&self) -> Manager {
-        Manager::new(self.control.clone(), Arc::clone(&self.shared))
+        self.manager.clone()
     }
 
     /// Asks the machine to end at once, as a power cut would. Returns without waiting for it; the exit event tells.
     pub fn stop(&self) {
-        self.control.send(Request::End(ExitReason::Stopped));
+        self.manager.end(ExitReason::Stopped);
     }
 
     /// Waits for the machine's end, without a limit.

@@ -14,6 +14,8 @@ pub enum Profile {
     Base,
     /// For pods with devices of their own: base plus modules, DRM, NVMe and UIO
     Gpu,
+    /// For the lab's own machine: base plus KVM, VFIO and IOMMUFD
+    Lab,
     /// The peer that benchmarks compare base with; nothing runs on it otherwise
     Reference,
 }
@@ -49,11 +51,12 @@ const BASE: &[(&str, &str)] = &[
 ];
 const ONLY_BASE: (&str, &str) = ("monolithic", include_str!("../fragments/monolithic.toml"));
 const ONLY_GPU: (&str, &str) = ("gpu", include_str!("../fragments/gpu.toml"));
+const ONLY_LAB: (&str, &str) = ("lab", include_str!("../fragments/lab.toml"));
 const REFERENCE: &str = include_str!("../fragments/reference.config");
 
 impl Profile {
     /// All profiles.
-    pub const ALL: [Self; 3] = [Self::Base, Self::Gpu, Self::Reference];
+    pub const ALL: [Self; 4] = [Self::Base, Self::Gpu, Self::Lab, Self::Reference];
 
     /// Its name on the command line.
     #[must_use]
@@ -61,6 +64,7 @@ impl Profile {
         match self {
             Self::Base => "base",
             Self::Gpu => "gpu",
+            Self::Lab => "lab",
             Self::Reference => "reference",
         }
     }
@@ -69,7 +73,7 @@ impl Profile {
     #[must_use]
     pub fn start(self) -> Start {
         match self {
-            Self::Base | Self::Gpu => Start::AllOff,
+            Self::Base | Self::Gpu | Self::Lab => Start::AllOff,
             Self::Reference => Start::Tiny,
         }
     }
@@ -88,6 +92,7 @@ impl Profile {
         let own = match self {
             Self::Base => ONLY_BASE,
             Self::Gpu => ONLY_GPU,
+            Self::Lab => ONLY_LAB,
             Self::Reference => return Ok(vec![reference()]),
         };
         BASE.iter().copied().chain([own]).map(|(name, text)| Fragment::parse(name, text)).collect()
@@ -140,6 +145,7 @@ mod tests {
     #[rstest]
     #[case(Profile::Base)]
     #[case(Profile::Gpu)]
+    #[case(Profile::Lab)]
     #[case(Profile::Reference)]
     fn a_profile_reads_without_error_and_asks_for_the_boot_path(#[case] profile: Profile) {
         let requests = profile.requests().unwrap();

@@ -9,7 +9,7 @@ use std::process::ExitCode;
 
 use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
-use lab::{Command, Event, Input, Machine, Process, Setup, Snapshot, Status};
+use lab::{Command, Device, Event, Hardware, Input, Kernel, Machine, Process, Setup, Snapshot, Status};
 use serde_json::json;
 
 /// Exit status of the lab's own failures; lower ones are those of the command that ran.
@@ -70,6 +70,13 @@ enum Subcommands {
         /// Run this script in the machine (after --with), which is then kept as it is
         #[arg(long = "setup", value_name = "SCRIPT")]
         scripts: Vec<String>,
+        /// Boot with this device behind an IOMMU: edu, nvme, ati+edu, gpu[:SIZE], ivshmem[:SIZE], testdev[:SIZE];
+        /// the first one is 0000:01:00.0, the next one 0000:02:00.0, and so on
+        #[arg(long = "device", value_name = "DEVICE")]
+        devices: Vec<Device>,
+        /// Boot with an IOMMU and this kernel: debian (VFIO groups) or iommufd (also IOMMUFD and /dev/vfio/devices)
+        #[arg(long)]
+        kernel: Option<Kernel>,
     },
     /// Run a command in a machine; its exit status becomes this one's
     Run(Run),
@@ -163,8 +170,14 @@ pub(crate) fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 lab::make(snapshot)?;
             }
         }
-        Subcommands::Up { name, snapshot, files, scripts } => {
-            drop(Machine::restore_kept(snapshot, &setup(&files, scripts)?, &name)?);
+        Subcommands::Up { name, snapshot, files, scripts, devices, kernel } => {
+            let setup = setup(&files, scripts)?;
+            drop(if devices.is_empty() && kernel.is_none() {
+                Machine::restore_kept(snapshot, &setup, &name)?
+            } else {
+                let hardware = devices.into_iter().fold(Hardware::new(), Hardware::device);
+                Machine::boot_kept(&hardware.kernel(kernel.unwrap_or_default()), snapshot, &setup, &name)?
+            });
         }
         Subcommands::Run(run) => return run_command(run),
         Subcommands::Shell { name } => {
@@ -233,7 +246,13 @@ fn list(as_json: bool) -> anyhow::Result<()> {
         let rows: Vec<_> = rows
             .iter()
             .map(|(name, description, running)| {
-                json!({ "name": name, "snapshot": description.snapshot, "pid": description.pid, "running": running })
+                json!({
+                    "name": name,
+                    "snapshot": description.snapshot,
+                    "devices": description.devices,
+                    "pid": description.pid,
+                    "running": running,
+                })
             })
             .collect();
         return Ok(writeln!(out, "{}", serde_json::to_string_pretty(&rows)?)?);

@@ -14,6 +14,9 @@ pub enum Error {
     /// Debian packages could not be had.
     #[error(transparent)]
     Debian(#[from] debian::Error),
+    /// The machine's own kernel could not be built.
+    #[error(transparent)]
+    KernelBuild(#[from] kernel_config::build::Error),
     /// A file operation or a program failed.
     #[error(transparent)]
     Tool(#[from] tool::Error),
@@ -36,6 +39,23 @@ pub enum Error {
         /// What there is.
         known: String,
     },
+    /// There is no such device.
+    #[error(
+        "There is no device {0:?}; there are: edu, nvme, ati+edu, gpu[:SIZE], ivshmem[:SIZE], testdev[:SIZE]; \
+         a SIZE is a power of two in M or G, up to 1024G"
+    )]
+    Device(String),
+    /// There are more devices than ports.
+    #[error("A machine has at most {most} devices, not {found}; start another one for the rest")]
+    Devices {
+        /// How many there can be.
+        most: usize,
+        /// How many were asked for.
+        found: usize,
+    },
+    /// There is no such kernel.
+    #[error("There is no kernel {0:?}; there are: debian, iommufd")]
+    Kernel(String),
     /// The machine runs already.
     #[error("Machine {0:?} runs already; use it, or end it by `lab down {0}`")]
     Runs(String),

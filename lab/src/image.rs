@@ -5,7 +5,6 @@
 
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 
 use cache::{Cache, Key};
 use debian::Suite;
@@ -14,6 +13,7 @@ use tool::{io, run};
 use crate::error::Error;
 use crate::initrd::Archive;
 use crate::kernel::extract_vmlinux;
+use crate::program;
 use crate::progress::Progress;
 use crate::tools::{SUITE, Tools, create_dir, unpack_all};
 
@@ -301,6 +301,8 @@ pub(crate) struct Initrd {
 
 /// The lab's own files (name in `/lab`, content).
 const FILES: [(&str, &str); 2] = [("rc", include_str!("../root/rc")), ("inittab", include_str!("../root/inittab"))];
+/// The package of the command server.
+const GUEST: &str = "guest";
 const INIT: &str = include_str!("../root/initrd-init");
 
 impl Initrd {
@@ -338,7 +340,7 @@ fn build_initrd(system: &System, dir: &Path) -> Result<(), Error> {
     for (name, content) in FILES {
         archive.file(&format!("lab/{name}"), content.as_bytes());
     }
-    archive.file("lab/lab-guest", &read(&build_guest()?)?);
+    archive.file("lab/lab-guest", &read(&program::build(GUEST, "the lab machine's command server")?)?);
     for path in files_under(&system.dir.join("boot"))? {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         archive.file(&format!("modules/{name}"), &read(&path)?);
@@ -346,42 +348,16 @@ fn build_initrd(system: &System, dir: &Path) -> Result<(), Error> {
     write(&dir.join("initrd.img"), &archive.finish())
 }
 
-fn guest_dir() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("guest")
-}
-
 /// What the command server is built from in this repository, in a fixed order. Not the versions of its libraries:
 /// they change with any dependency of the workspace, and each time all machines would be booted anew.
 fn guest_sources() -> Result<Vec<PathBuf>, Error> {
-    let mut sources = files_under(&guest_dir().join("src"))?;
-    sources.push(guest_dir().join("Cargo.toml"));
+    let mut sources = files_under(&program::package(GUEST).join("src"))?;
+    sources.push(program::package(GUEST).join("Cargo.toml"));
     Ok(sources)
 }
 
-/// Builds the command server, static, and answers its path.
-fn build_guest() -> Result<PathBuf, Error> {
-    const TARGET: &str = "x86_64-unknown-linux-gnu";
-    let progress = Progress::start("Building the lab machine's command server", 0);
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let mut command = Command::new(cargo);
-    command
-        .args(["build", "--release", "--message-format=json-render-diagnostics", "--target", TARGET])
-        .arg("--manifest-path")
-        .arg(guest_dir().join("Cargo.toml"))
-        .env_remove("RUSTFLAGS")
-        .env_remove("CARGO_ENCODED_RUSTFLAGS")
-        .env("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUSTFLAGS", "-Ctarget-feature=+crt-static");
-    let messages = run("cargo", &mut command)?;
-    drop(progress);
-    String::from_utf8_lossy(&messages)
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .ok_or_else(|| Error::Format { path: guest_dir(), problem: "builds no program".to_owned() })
-}
-
 /// All regular files under `dir`, sorted.
-fn files_under(dir: &Path) -> Result<Vec<PathBuf>, Error> {
+pub(crate) fn files_under(dir: &Path) -> Result<Vec<PathBuf>, Error> {
     let mut files = Vec::new();
     for entry in fs::read_dir(dir).map_err(io("list", dir))? {
         let path = entry.map_err(io("list", dir))?.path();

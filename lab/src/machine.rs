@@ -16,6 +16,10 @@ use tool::{io, tail};
 use crate::command::{Command, Event, Input, Output, Process};
 use crate::connection::Connection;
 use crate::error::Error;
+use crate::hardware::Hardware;
+use crate::model;
+use crate::prepare::BOOT_LIMIT;
+use crate::progress::Progress;
 use crate::qemu::{Descriptors, End, Plan, Start};
 use crate::qmp::Qmp;
 use crate::rundir::{self, RunDir};
@@ -32,6 +36,9 @@ pub struct Description {
     pub snapshot: String,
     /// Process number of its QEMU.
     pub pid: i32,
+    /// Names of the devices behind its IOMMU.
+    #[serde(default)]
+    pub devices: Vec<String>,
 }
 
 /// A machine that runs.
@@ -78,6 +85,44 @@ impl Machine {
         let plan = prepared.plan(snapshot, &dir, Start::Restore, end);
         let machine = Self::launch(dir, &plan)?;
         machine.receive(&prepared.state())?;
+        Ok(machine)
+    }
+
+    /// Boots a machine with hardware of its own from the disk of a snapshot with a setup: what the setup wrote to the
+    /// disk is there, what ran is not. Takes as long as a boot does. The machine ends when this is dropped, and with
+    /// this process however that ends.
+    ///
+    /// # Errors
+    /// As [`Self::restore_with`], and when the hardware cannot be had.
+    pub fn boot(hardware: &Hardware, snapshot: Snapshot, setup: &Setup, name: &str) -> Result<Self, Error> {
+        Self::start_fresh(hardware, snapshot, setup, name, End::WithThread)
+    }
+
+    /// The same, but the machine goes on until somebody ends it by its name.
+    ///
+    /// # Errors
+    /// As [`Self::boot`].
+    pub fn boot_kept(hardware: &Hardware, snapshot: Snapshot, setup: &Setup, name: &str) -> Result<Self, Error> {
+        let mut machine = Self::start_fresh(hardware, snapshot, setup, name, End::Never)?;
+        machine.kept = true;
+        Ok(machine)
+    }
+
+    fn start_fresh(
+        hardware: &Hardware,
+        snapshot: Snapshot,
+        setup: &Setup,
+        name: &str,
+        end: End,
+    ) -> Result<Self, Error> {
+        let dir = RunDir::of(name)?;
+        let prepared = prepare_with(snapshot, setup)?;
+        let plan = prepared.fresh_plan(snapshot, hardware, &dir, end)?;
+        let progress = Progress::start(&format!("Booting the lab machine {name}"), 0);
+        let machine = Self::launch_with(dir, &plan, hardware)?;
+        // The answer's connection is not needed, only that it comes.
+        drop(machine.await_answer(BOOT_LIMIT)?);
+        drop(progress);
         Ok(machine)
     }
 
@@ -149,10 +194,18 @@ impl Machine {
 
     /// Starts QEMU. Even a machine that is to stay ends with its starter as long as nobody says otherwise.
     pub(crate) fn launch(dir: RunDir, plan: &Plan) -> Result<Self, Error> {
+        Self::launch_with(dir, plan, &Hardware::new())
+    }
+
+    /// The same with what the plan's hardware needs beside QEMU.
+    fn launch_with(dir: RunDir, plan: &Plan, hardware: &Hardware) -> Result<Self, Error> {
         let life = dir.claim()?;
-        let pid = spawn(&dir, plan, life)?;
+        model::create_disks(hardware, &dir)?;
+        let models = model::start(hardware, &dir)?;
+        let pid = spawn(&dir, plan, life, models)?;
         let machine = Self { dir, snapshot: plan.snapshot, pid, kept: false };
-        let description = Description { snapshot: plan.snapshot.name().to_owned(), pid: pid.as_raw() };
+        let devices = hardware.devices().iter().map(ToString::to_string).collect();
+        let description = Description { snapshot: plan.snapshot.name().to_owned(), pid: pid.as_raw(), devices };
         let path = machine.dir.description();
         fs::write(&path, serde_json::to_vec(&description).unwrap_or_default()).map_err(io("write", &path))?;
         Ok(machine)
@@ -305,9 +358,9 @@ fn describe(dir: &RunDir) -> Option<Description> {
 }
 
 /// Starts QEMU in a thread that lives as long as QEMU does, so that "with the thread" means "with this process".
-fn spawn(dir: &RunDir, plan: &Plan, life: OwnedFd) -> Result<Pid, Error> {
+fn spawn(dir: &RunDir, plan: &Plan, life: OwnedFd, models: Vec<OwnedFd>) -> Result<Pid, Error> {
     let (qmp, ports) = dir.listen()?;
-    let descriptors = Descriptors { qmp, ports, life };
+    let descriptors = Descriptors { qmp, ports, life, models };
     let (plan, log) = (plan.clone(), dir.qemu_log());
     let (sender, started) = channel();
     std::thread::spawn(move || {

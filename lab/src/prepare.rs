@@ -5,13 +5,17 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use cache::{Cache, Key};
+use kernel_config::build::Builder;
+use kernel_config::profile::Profile;
 use serde_json::json;
 use tool::{io, run};
 
 use crate::command::{Command, Input};
 use crate::error::Error;
+use crate::hardware::{self, Hardware, Kernel};
 use crate::image::{Initrd, System};
 use crate::machine::Machine;
+use crate::model;
 use crate::progress::Progress;
 use crate::qemu::{End, PORTS, Parts, Plan, Start, arguments};
 use crate::rundir::RunDir;
@@ -19,7 +23,7 @@ use crate::snapshot::Snapshot;
 use crate::tools::Tools;
 
 /// How long a machine may take from QEMU's start to containerd's readiness.
-const BOOT_LIMIT: Duration = Duration::from_secs(300);
+pub(crate) const BOOT_LIMIT: Duration = Duration::from_secs(300);
 
 /// Reads into the page cache what nearly every use of the machine runs, so that restored machines find it in memory,
 /// and lets each program that a container start needs run once.
@@ -70,6 +74,8 @@ pub(crate) fn prune(cache: &Cache) -> Result<Vec<PathBuf>, Error> {
     let mut removed = Vec::new();
     for (kind, kept) in [
         ("lab-tools", vec![materials.tools.id()]),
+        ("lab-qemu", vec![Tools::get_newer(cache, &pin(cache)?)?.id()]),
+        ("lab-gpu-model", vec![model::program_id()?]),
         ("lab-system", vec![materials.system.id()]),
         ("lab-initrd", vec![materials.initrd.id()]),
         ("lab-snapshot", snapshots.to_vec()),
@@ -135,6 +141,7 @@ fn parts(materials: &Materials, files: &Path, console: &Path) -> Parts {
         memory: files.join(MEMORY),
         disk: files.join(DISK),
         console: console.to_owned(),
+        hardware: Vec::new(),
     }
 }
 
@@ -153,6 +160,28 @@ impl Prepared {
     pub(crate) fn plan(&self, snapshot: Snapshot, run_dir: &RunDir, start: Start, end: End) -> Plan {
         let parts = parts(&self.materials, &self.dir, &run_dir.console());
         Plan { tools: self.materials.tools.clone(), snapshot, parts, start, end }
+    }
+
+    /// A machine that boots from this snapshot's disk with hardware of its own.
+    pub(crate) fn fresh_plan(
+        &self,
+        snapshot: Snapshot,
+        hardware: &Hardware,
+        run_dir: &RunDir,
+        end: End,
+    ) -> Result<Plan, Error> {
+        hardware.check()?;
+        let mut plan = self.plan(snapshot, run_dir, Start::Fresh, end);
+        plan.parts.hardware = hardware::options(hardware, run_dir);
+        let cache = Cache::open()?;
+        if hardware.chosen_kernel() == Kernel::Iommufd {
+            plan.parts.kernel = own_kernel(&cache)?;
+        }
+        if hardware.needs_newer_qemu() {
+            plan.tools = Tools::get_newer(&cache, &pin(&cache)?)?;
+            plan.parts.firmware = plan.tools.firmware();
+        }
+        Ok(plan)
     }
 
     /// The file with the machine's memory.
@@ -177,6 +206,23 @@ impl Prepared {
         run("qemu-img", &mut command)?;
         Ok(())
     }
+}
+
+/// Finds the kernel with IOMMUFD in the cache, or builds it, which takes a quarter of an hour.
+fn own_kernel(cache: &Cache) -> Result<PathBuf, Error> {
+    struct Steps(Progress);
+    impl kernel_config::build::Progress for Steps {
+        fn step(&self, what: &str) {
+            self.0.step(what);
+        }
+        fn compiled(&self, file: &str) {
+            self.0.step(file);
+        }
+    }
+    let jobs = std::thread::available_parallelism().map_or(1, Into::into);
+    let steps = Steps(Progress::start("Building the lab machine's kernel", 0));
+    let kernel = Builder { cache, jobs, build_tree: None }.build(Profile::Lab, &steps)?;
+    Ok(kernel.directory.join("vmlinux"))
 }
 
 /// Boots a machine and saves it once it is up.

@@ -15,6 +15,7 @@ use nix::unistd::setsid;
 use tool::io as io_error;
 
 use crate::error::Error;
+use crate::hardware::Hardware;
 use crate::snapshot::Snapshot;
 use crate::tools::Tools;
 
@@ -36,6 +37,8 @@ pub(crate) struct Parts {
     pub(crate) disk: PathBuf,
     /// The file that gets what the machine writes to its serial console.
     pub(crate) console: PathBuf,
+    /// What the machine has beyond the plain one, as [`hardware::options`]; nothing for the plain one.
+    pub(crate) hardware: Vec<(&'static str, String)>,
 }
 
 /// How a machine comes to life.
@@ -43,6 +46,8 @@ pub(crate) struct Parts {
 pub(crate) enum Start {
     /// It boots; memory and disk files get what it writes.
     Boot,
+    /// It boots; the disk file stays as it is, and memory and what it writes are its own.
+    Fresh,
     /// It waits for a saved state; memory and disk files stay as they are, what it writes is its own.
     Restore,
     /// It waits for a saved state; memory and disk files get what it writes.
@@ -67,6 +72,8 @@ pub(crate) struct Descriptors {
     pub(crate) ports: Vec<OwnedFd>,
     /// The lock that says that the machine lives: held by its QEMU and nobody else.
     pub(crate) life: OwnedFd,
+    /// What keeps the machine's GPU models alive.
+    pub(crate) models: Vec<OwnedFd>,
 }
 
 /// The arguments of a machine's QEMU; `descriptors` gives the numbers of the sockets for requests and for each port.
@@ -76,6 +83,10 @@ pub(crate) fn arguments(snapshot: Snapshot, parts: &Parts, start: Start, qmp: Ra
         line.add("-L", path);
     }
     add_machine(&mut line, snapshot, parts, start);
+    // An IOMMU has to come before what is behind it.
+    for (option, value) in &parts.hardware {
+        line.add(option, value);
+    }
     add_disk(&mut line, parts, start);
     line.add("-device", "virtio-serial-pci,id=commands,max_ports=16");
     for (index, fd) in ports.iter().enumerate() {
@@ -90,7 +101,7 @@ pub(crate) fn arguments(snapshot: Snapshot, parts: &Parts, start: Start, qmp: Ra
     line.add("-serial", "chardev:console");
     line.add("-chardev", format!("socket,id=qmp,fd={qmp},server=on,wait=off"));
     line.add("-mon", "chardev=qmp,mode=control");
-    if start != Start::Boot {
+    if matches!(start, Start::Restore | Start::Extend) {
         line.add("-incoming", "defer");
     }
     line.words
@@ -98,13 +109,20 @@ pub(crate) fn arguments(snapshot: Snapshot, parts: &Parts, start: Start, qmp: Ra
 
 fn add_machine(line: &mut Line, snapshot: Snapshot, parts: &Parts, start: Start) {
     line.add("-machine", "q35,memory-backend=ram");
-    line.add("-cpu", "max,la57=off");
+    // Large BARs need more than the 40 address bits that a CPU has here otherwise.
+    line.add("-cpu", if parts.hardware.is_empty() { "max,la57=off" } else { "max,la57=off,phys-bits=46" });
     line.add("-smp", snapshot.cpus().to_string());
     line.add("-m", snapshot.memory().to_string());
     // A restored machine's pages are its own copies of the file's.
     let share = if start == Start::Restore { "off" } else { "on" };
-    let memory = format!("memory-backend-file,id=ram,size={}M,share={share},mem-path=", snapshot.memory());
-    line.add("-object", with_path(&memory, &parts.memory));
+    let size = snapshot.memory();
+    if start == Start::Fresh {
+        // Shared, so that models of devices reach it.
+        line.add("-object", format!("memory-backend-memfd,id=ram,size={size}M,share=on"));
+    } else {
+        let memory = format!("memory-backend-file,id=ram,size={size}M,share={share},mem-path=");
+        line.add("-object", with_path(&memory, &parts.memory));
+    }
     if snapshot.counts_instructions() {
         line.add("-accel", "tcg,thread=single,tb-size=512");
         line.add("-icount", "shift=0,sleep=off");
@@ -120,12 +138,13 @@ fn add_machine(line: &mut Line, snapshot: Snapshot, parts: &Parts, start: Start)
     line.add("-monitor", "none");
     line.add("-kernel", &parts.kernel);
     line.add("-initrd", &parts.initrd);
-    line.add("-append", snapshot.kernel_options());
+    let iommu = if parts.hardware.is_empty() { "" } else { Hardware::kernel_options() };
+    line.add("-append", snapshot.kernel_options() + iommu);
 }
 
 fn add_disk(line: &mut Line, parts: &Parts, start: Start) {
-    // A restored machine writes to a nameless temporary file, which ends with it.
-    let temporary = if start == Start::Restore { ",snapshot=on" } else { "" };
+    // What is not to be kept is written to a nameless temporary file, which ends with the machine.
+    let temporary = if matches!(start, Start::Restore | Start::Fresh) { ",snapshot=on" } else { "" };
     line.add("-drive", with_path(&format!("if=none,id=disk,format=qcow2,cache=unsafe{temporary},file="), &parts.disk));
     line.add("-device", "virtio-blk-pci,drive=disk");
 }
@@ -180,6 +199,7 @@ impl Plan {
 /// Lets the child keep the descriptors under their numbers; ours are closed with the command.
 fn prepare_child(command: &mut std::process::Command, descriptors: Descriptors, end: End) {
     let mut all = descriptors.ports;
+    all.extend(descriptors.models);
     all.extend([descriptors.qmp, descriptors.life]);
     // SAFETY: fcntl, prctl and setsid are async-signal-safe, and the closure only reads what it owns.
     unsafe {
@@ -200,6 +220,10 @@ mod tests {
     use super::*;
 
     fn line(snapshot: Snapshot, start: Start) -> String {
+        line_with(snapshot, start, Vec::new())
+    }
+
+    fn line_with(snapshot: Snapshot, start: Start, hardware: Vec<(&'static str, String)>) -> String {
         let parts = Parts {
             firmware: ["/f1".into(), "/f2".into()],
             kernel: "/kernel".into(),
@@ -207,6 +231,7 @@ mod tests {
             memory: "/memory".into(),
             disk: "/a,b/disk".into(),
             console: "/console".into(),
+            hardware,
         };
         let words = arguments(snapshot, &parts, start, 3, &[4, 5]);
         words.join(OsString::from(" ").as_os_str()).into_string().unwrap()
@@ -234,6 +259,22 @@ mod tests {
         assert!(line.contains("share=on,mem-path=/memory"), "{line}");
         assert!(!line.contains("snapshot=on"), "{line}");
         assert!(line.ends_with("-incoming defer"), "{line}");
+    }
+
+    #[test]
+    fn a_fresh_machine_boots_with_shared_memory_and_leaves_its_files_alone() {
+        let line = line(Snapshot::Base, Start::Fresh);
+        assert!(line.contains("memory-backend-memfd,id=ram,size=4096M,share=on"), "{line}");
+        assert!(!line.contains("/memory"), "{line}");
+        assert!(line.contains("snapshot=on"), "{line}");
+        assert!(!line.contains("-incoming"), "{line}");
+    }
+
+    #[test]
+    fn hardware_comes_with_its_iommu_and_address_bits() {
+        let line = line_with(Snapshot::Base, Start::Fresh, vec![("-device", "intel-iommu".to_owned())]);
+        assert!(line.contains("phys-bits=46") && line.contains("intel_iommu=on iommu=pt"), "{line}");
+        assert!(line.find("intel-iommu") < line.find("virtio-blk-pci"), "{line}");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use std::path::{Path, PathBuf};
 use tool::io;
 
 use crate::error::Error;
+use crate::hardware::DeviceFiles;
 use crate::qemu::PORTS;
 
 /// The directory of one machine.
@@ -93,6 +94,11 @@ impl RunDir {
         self.path.join("machine.json")
     }
 
+    /// What the model of device number `index` wrote.
+    pub(crate) fn model_log(&self, index: usize) -> PathBuf {
+        self.path.join(format!("model{index}.log"))
+    }
+
     /// There while the machine is paused.
     pub(crate) fn paused(&self) -> PathBuf {
         self.path.join("paused")
@@ -149,6 +155,16 @@ impl RunDir {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => Err(io("remove", &self.path)(error).into()),
             _ => Ok(()),
         }
+    }
+}
+
+impl DeviceFiles for RunDir {
+    fn model_socket(&self, index: usize) -> PathBuf {
+        self.path.join(format!("model{index}.sock"))
+    }
+
+    fn device_disk(&self, index: usize) -> PathBuf {
+        self.path.join(format!("device{index}.img"))
     }
 }
 

@@ -17,6 +17,9 @@ use crate::progress::Progress;
 pub(crate) const SUITE: &str = "trixie";
 const PACKAGES: [&str; 8] =
     ["e2fsprogs", "kmod", "libc6", "qemu-system-x86", "qemu-utils", "seabios", "xz-utils", "zstd"];
+/// The suite of the newer QEMU: the first release with `vfio-user-pci`, 10.1, came after [`SUITE`].
+const NEWER_SUITE: &str = "sid";
+const NEWER_PACKAGES: [&str; 3] = ["libc6", "qemu-system-x86", "seabios"];
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 const LOADER: &str = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 
@@ -29,11 +32,21 @@ pub(crate) struct Tools {
 impl Tools {
     /// Finds the tools in the cache, or fetches them.
     pub(crate) fn get(cache: &Cache, pin: &str) -> Result<Self, Error> {
-        let key = Key::new("1").with("pin", pin.as_bytes()).with("packages", PACKAGES.join(" ").as_bytes());
-        let root = cache.get_or_build("lab-tools", &key, |root| {
-            let suite = Suite::open(cache, SUITE)?;
+        Self::of_suite(cache, pin, "lab-tools", SUITE, &PACKAGES)
+    }
+
+    /// Finds the newer QEMU in the cache, or fetches it. It has nothing but QEMU: whatever else a machine needs is
+    /// in [`Tools::get`]'s.
+    pub(crate) fn get_newer(cache: &Cache, pin: &str) -> Result<Self, Error> {
+        Self::of_suite(cache, pin, "lab-qemu", NEWER_SUITE, &NEWER_PACKAGES)
+    }
+
+    fn of_suite(cache: &Cache, pin: &str, kind: &str, suite: &str, packages: &[&str]) -> Result<Self, Error> {
+        let key = Key::new("1").with("pin", pin.as_bytes()).with("packages", packages.join(" ").as_bytes());
+        let root = cache.get_or_build(kind, &key, |root| {
+            let suite = Suite::open(cache, suite)?;
             let progress = Progress::start("Fetching QEMU and its libraries", 0);
-            let debs = suite.download_with_dependencies(&PACKAGES)?;
+            let debs = suite.download_with_dependencies(packages)?;
             drop(progress);
             unpack_all("Unpacking QEMU and its libraries", &debs, root)
         })?;

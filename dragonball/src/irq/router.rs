@@ -16,7 +16,7 @@ use super::ioapic::PINS;
 
 /// A global system interrupt: the number of a route.
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
-pub(crate) struct Gsi(u32);
+pub(crate) struct Gsi(pub(crate) u32);
 
 impl Gsi {
     /// The number as KVM has it.

@@ -16,6 +16,7 @@ use crate::control;
 use crate::irq::ioapic::IoApic;
 use crate::irq::router::IrqRouter;
 use crate::kvm::refused;
+use crate::manage::Manager;
 use crate::memory::layout::{self, HighMemory};
 use crate::memory::listener::DmaListeners;
 use crate::memory::{AddressSpace, GuestRam};
@@ -66,10 +67,12 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
     let context = vcpu::Context { bus: Arc::new(bus), control: control.clone() };
     let vcpus = Vcpus::new((config.vcpus, config.vcpus_max()), &kvm, &vm, entry, context)?;
     let input = uart.filter(|_| config.debug_uart == ConsoleOutput::Stdio).map(Input::new);
+    let passthrough = Arc::downgrade(devices.passthrough());
     let hot_plug = HotPlug::new(config, devices, vcpus, registers, Arc::clone(&shared));
     let machine = Machine { shared: Arc::clone(&shared), mailbox, workers, hot_plug, input, memory: ram };
     let thread = threads::spawn("vmm", move || event_loop::run(machine)).map_err(host_refused("start a thread"))?;
-    Ok(Vm::new(shared, control, thread))
+    let manager = Manager::new(control, Arc::clone(&shared), passthrough);
+    Ok(Vm::new(shared, manager, thread))
 }
 
 /// What the ACPI tables speak of.

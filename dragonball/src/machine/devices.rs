@@ -12,14 +12,17 @@ use vm_memory::GuestAddress;
 use super::StartError;
 use super::worker::DeviceWorker;
 use crate::config::{ConsoleOutput, DeviceConfig, MachineConfig};
-use crate::control::DeviceNumber;
+use crate::control::{DeviceNumber, Request};
 use crate::irq::ioapic::IoApic;
 use crate::manage::{ChangeError, DeviceInfo, Presence, RangeInfo};
 use crate::memory::layout::{HighMemory, PCI_32, Range};
 use crate::memory::listener::DmaListeners;
 use crate::memory::{AddressSpace, PluggableMemory, SlotAccess, SlotId};
+use crate::pci::PciFunction;
 use crate::pci::bus::{PciBus, SLOTS};
+use crate::pci::windows::Windows;
 use crate::platform::uart::Uart;
+use crate::vfio::{Passthrough, PreparedGroup, Services};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
@@ -70,12 +73,14 @@ enum Part {
         device: Pmem,
         read_only: bool,
     },
+    /// A device of the host, which needs no worker.
+    Vfio(PreparedGroup),
     Other(Box<dyn VirtioDevice>),
 }
 
 impl PreparedDevice {
     /// Opens what the device works on. May take long: not to be called on the `vmm` thread while the machine runs.
-    pub(crate) fn open(config: &DeviceConfig) -> Result<Self, Unmade> {
+    pub(crate) fn open(config: &DeviceConfig, passthrough: &Passthrough) -> Result<Self, Unmade> {
         let kind = config.kind();
         let part = match config {
             DeviceConfig::Pmem(pmem) => {
@@ -86,6 +91,7 @@ impl PreparedDevice {
             DeviceConfig::Blk(disk) => {
                 Part::Other(Box::new(Blk::open(&disk.path, disk.read_only).map_err(unmade(kind))?))
             }
+            DeviceConfig::Vfio(vfio) => Part::Vfio(passthrough.prepare(vfio).map_err(unmade(kind))?),
             DeviceConfig::Net(net) => Part::Other(Box::new(Net::open(net).map_err(unmade(kind))?)),
             DeviceConfig::Fs(fs) => Part::Other(Box::new(Fs::new(&fs.tag, &fs.directory).map_err(unmade(kind))?)),
         };
@@ -104,6 +110,9 @@ pub(super) struct Devices {
     high: HighMemory,
     address_space: AddressSpace,
     listeners: DmaListeners,
+    passthrough: Arc<Passthrough>,
+    /// What of the PCI windows the devices of the host have.
+    windows: Windows,
     /// By slot.
     attached: BTreeMap<u8, Attached>,
     next_number: DeviceNumber,
@@ -118,9 +127,12 @@ pub(super) struct Attached {
     /// It came with the machine and goes with it.
     pub(super) fixed: bool,
     kind: &'static str,
-    lines: Arc<Lines>,
+    /// A device of the host has none.
+    lines: Option<Arc<Lines>>,
     /// Guest-physical memory beside its registers.
     memory: Option<PmemPlace>,
+    /// What of the PCI windows it has.
+    bars: Vec<Range>,
 }
 
 /// Where persistent memory is shown to the guest.
@@ -136,8 +148,11 @@ impl Devices {
         address_space: AddressSpace,
         listeners: DmaListeners,
     ) -> Self {
+        let passthrough = Arc::new(Passthrough::new(Arc::clone(&hardware.vm), listeners.clone()));
         Self {
             hardware,
+            passthrough,
+            windows: Windows::new(host_devices_window(), None),
             bus: Arc::new(PciBus::default()),
             high,
             address_space,
@@ -146,6 +161,11 @@ impl Devices {
             next_number: 0,
             window_64: None,
         }
+    }
+
+    /// What opens devices of the host.
+    pub(super) fn passthrough(&self) -> &Arc<Passthrough> {
+        &self.passthrough
     }
 
     /// The bus that the devices are on.
@@ -164,6 +184,7 @@ impl Devices {
         config: &MachineConfig,
         shared: &Shared,
     ) -> Result<Vec<(DeviceNumber, DeviceWorker)>, StartError> {
+        let passthrough = Arc::clone(&self.passthrough);
         let mut workers = Vec::new();
         if !config.has_pci() {
             return Ok(workers);
@@ -173,7 +194,8 @@ impl Devices {
             let kind = device.kind;
             let slot = self.bus.free_slot().ok_or_else(|| unmade(kind)("the PCI bus has no slot left"))?;
             let name = self.free_name(kind);
-            workers.push(self.attach(slot, name, device, fixed)?);
+            let (number, worker) = self.attach(slot, name, device, fixed)?;
+            workers.extend(worker.map(|worker| (number, worker)));
             Ok(())
         };
         add(PreparedDevice::other("rng", Rng::new()), true)?;
@@ -181,7 +203,7 @@ impl Devices {
             add(device, true)?;
         }
         for device in config.devices() {
-            add(PreparedDevice::open(&device)?, false)?;
+            add(PreparedDevice::open(&device, &passthrough)?, false)?;
         }
         if let Some(vsock) = &config.vsock {
             let device = Vsock::new(u64::from(vsock.guest_cid), &vsock.socket).map_err(unmade("vsock"))?;
@@ -194,6 +216,13 @@ impl Devices {
             add(PreparedDevice::other("console", console), true)?;
         }
         self.window_64 = self.high.pci_window();
+        self.windows.set_high(self.window_64);
+        for device in config.host_devices() {
+            let device = PreparedDevice::open(&device, &passthrough)?;
+            let slot = self.bus.free_slot().ok_or_else(|| unmade("vfio")("the PCI bus has no slot left"))?;
+            let name = self.free_name("vfio");
+            self.attach(slot, name, device, false)?;
+        }
         Ok(workers)
     }
 
@@ -202,7 +231,7 @@ impl Devices {
         &mut self,
         name: Option<String>,
         device: PreparedDevice,
-    ) -> Result<(u8, DeviceNumber, DeviceWorker), ChangeError> {
+    ) -> Result<(u8, DeviceNumber, Option<DeviceWorker>), ChangeError> {
         const NAME_MAX: usize = 64;
         let name = match name {
             Some(name) if name.is_empty() || name.len() > NAME_MAX || self.find(&name).is_some() => {
@@ -223,9 +252,10 @@ impl Devices {
         name: String,
         device: PreparedDevice,
         fixed: bool,
-    ) -> Result<(DeviceNumber, DeviceWorker), Unmade> {
+    ) -> Result<(DeviceNumber, Option<DeviceWorker>), Unmade> {
         let kind = device.kind;
         let (device, memory) = match device.part {
+            Part::Vfio(group) => return Ok((self.attach_group(slot, name, group)?, None)),
             Part::Other(device) => (device, None),
             Part::Pmem { device, read_only } => {
                 let (device, place) = self.place_pmem(device, read_only)?;
@@ -244,9 +274,33 @@ impl Devices {
         }
         self.next_number += 1;
         let presence = Presence::Present;
-        let attached = Attached { name, number, presence, fixed, kind, lines: Arc::clone(&lines), memory };
+        let own_lines = Some(Arc::clone(&lines));
+        let attached = Attached { name, number, presence, fixed, kind, lines: own_lines, memory, bars: Vec::new() };
         self.attached.insert(slot, attached);
-        Ok((number, DeviceWorker::new(kind, device, lines)))
+        Ok((number, Some(DeviceWorker::new(kind, device, lines))))
+    }
+
+    /// Gives devices of the host their memory and their slot.
+    fn attach_group(&mut self, slot: u8, name: String, group: PreparedGroup) -> Result<DeviceNumber, Unmade> {
+        let kind = "vfio";
+        let (number, control) = (self.next_number, self.hardware.control.clone());
+        let services = Services {
+            slots: Arc::new(self.address_space.clone()),
+            routes: Arc::clone(&self.hardware.router) as _,
+            windows: self.windows.ranges(),
+            found: Arc::new(move || control.send(Request::Found(number))),
+        };
+        let (functions, bars) = group.place(&mut self.windows, &services).map_err(unmade(kind))?;
+        let functions = functions.into_iter().map(|(number, function)| (number, function as Arc<dyn PciFunction>));
+        if !self.bus.add_device(slot, functions.collect()) {
+            bars.into_iter().for_each(|range| self.windows.free(range));
+            return Err(unmade(kind)("its slot is taken"));
+        }
+        self.next_number += 1;
+        let presence = Presence::Present;
+        let attached = Attached { name, number, presence, fixed: false, kind, lines: None, memory: None, bars };
+        self.attached.insert(slot, attached);
+        Ok(number)
     }
 
     /// Makes the devices by which the guest gets memory beside its boot memory and gives memory back.
@@ -284,6 +338,7 @@ impl Devices {
     pub(super) fn detach(&mut self, slot: u8) -> Option<DeviceNumber> {
         let attached = self.attached.remove(&slot)?;
         self.bus.remove(slot);
+        attached.bars.iter().for_each(|range| self.windows.free(*range));
         attached.memory.is_none_or(|place| self.hide(place)).then_some(attached.number)
     }
 
@@ -343,9 +398,15 @@ impl Devices {
             slot,
             presence: attached.presence,
             ranges,
-            interrupts: attached.lines.routes(),
+            interrupts: attached.lines.as_ref().map(|lines| lines.routes()).unwrap_or_default(),
         })
     }
+}
+
+/// The part of the 32-bit window that devices of the host get: behind the registers of virtio devices.
+fn host_devices_window() -> Range {
+    let virtio = (u64::from(REGION_LENGTH) * u64::from(SLOTS.end)).next_power_of_two();
+    Range { start: PCI_32.start + virtio, length: PCI_32.length - virtio }
 }
 
 /// A range for people and machines to read.

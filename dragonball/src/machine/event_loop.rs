@@ -175,6 +175,7 @@ impl Loop {
                         }
                     }
                     Request::Change(change) => hot_plug.change(self, change),
+                    Request::Found(number) => hot_plug.activated(number),
                     Request::Told { told, done } => {
                         hot_plug.told(self, told);
                         drop(done);

@@ -111,7 +111,9 @@ impl HotPlug {
         let added = self.pluggable().and_then(|registers| Ok((registers, self.devices.add(name, device)?)));
         match added {
             Ok((registers, (slot, number, worker))) => {
-                event_loop.add_worker(number, worker);
+                if let Some(worker) = worker {
+                    event_loop.add_worker(number, worker);
+                }
                 self.set_presence(slot, Presence::Announced);
                 let end = Instant::now() + given;
                 self.moves.insert(slot, Move { end, given, direction: Direction::In(reply) });
@@ -151,7 +153,7 @@ impl HotPlug {
         }
     }
 
-    /// A driver of the guest has taken a device.
+    /// A driver of the guest has taken a device; a device of the host, whose driver is not ours to know, was found.
     pub(super) fn activated(&mut self, number: DeviceNumber) {
         let Some(slot) = self.devices.find_number(number) else { return };
         if let Some(Move { direction: Direction::In(_), .. }) = self.moves.get(&slot) {

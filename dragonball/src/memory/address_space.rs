@@ -23,7 +23,7 @@ pub(crate) enum SlotAccess {
 /// A slot that is in use; what [`AddressSpace::remove`] wants back. Not a copy: a number is used again after that.
 #[derive(Debug, Eq, PartialEq)]
 #[must_use = "a slot stays for the machine's life if nobody can remove it"]
-pub(crate) struct SlotId(u32);
+pub(crate) struct SlotId(pub(crate) u32);
 
 /// The memory slots of one VM; clones are the same slots, and any thread may use them.
 #[derive(Clone, Debug)]

@@ -68,7 +68,6 @@ impl DmaListeners {
     ///
     /// # Errors
     /// The listener's own; it is not attached then, and was told that all is unplugged again.
-    #[allow(dead_code, reason = "for devices of the host that the guest owns")]
     pub(crate) fn attach(&self, listener: Arc<dyn DmaListener>) -> io::Result<Attachment> {
         let mut attached = self.attached();
         let mut told = Vec::new();

@@ -15,13 +15,22 @@ pub(crate) const SLOTS: Range<u8> = 1..32;
 const FUNCTION_SHIFT: u32 = 12;
 const SLOT_SHIFT: u32 = 15;
 
-/// All PCI functions of the machine. A slot has function 0 alone.
+/// How many functions a slot can have.
+const FUNCTION_COUNT: usize = 8;
+
+/// The functions of a slot, by their numbers. A guest looks for the others only where there is function 0.
+type Slot = [Option<Arc<dyn PciFunction>>; FUNCTION_COUNT];
+
+/// A slot, and a function of it.
+type Place = (usize, usize);
+
+/// All PCI functions of the machine.
 ///
 /// Functions are called with no lock of the bus held: one that waits for the `vmm` thread does not keep it from adding
 /// and removing others.
 #[derive(Default)]
 pub(crate) struct PciBus {
-    slots: RwLock<[Option<Arc<dyn PciFunction>>; SLOT_COUNT]>,
+    slots: RwLock<[Slot; SLOT_COUNT]>,
     /// Who answers to which addresses. Changes while the guest sets its devices up, hardly ever after.
     ranges: RwLock<Vec<Decoded>>,
     /// Held while the ranges of a function are asked for and entered, by vCPUs alone.
@@ -30,55 +39,67 @@ pub(crate) struct PciBus {
 
 struct Decoded {
     range: layout::Range,
-    slot: usize,
+    place: Place,
     bar: u8,
     function: Arc<dyn PciFunction>,
+}
+
+fn is_free(slot: &Slot) -> bool {
+    slot.iter().all(Option::is_none)
 }
 
 impl PciBus {
     /// The first free slot; nothing when all are taken.
     pub(crate) fn free_slot(&self) -> Option<u8> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        SLOTS.into_iter().find(|slot| slots[usize::from(*slot)].is_none())
+        SLOTS.into_iter().find(|slot| is_free(&slots[usize::from(*slot)]))
     }
 
     /// Puts a function that decodes no memory yet into `slot`; false when the slot is taken or does not exist.
     pub(crate) fn add(&self, slot: u8, function: Arc<dyn PciFunction>) -> bool {
+        self.add_device(slot, vec![(0, function)])
+    }
+
+    /// Puts the functions of one device, each with its number, into `slot`; false when the slot is taken or does not
+    /// exist, or a number is none.
+    pub(crate) fn add_device(&self, slot: u8, functions: Vec<(u8, Arc<dyn PciFunction>)>) -> bool {
+        let mut device = Slot::default();
+        for (number, function) in functions {
+            let Some(place) = device.get_mut(usize::from(number)) else { return false };
+            *place = Some(function);
+        }
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
         match slots.get_mut(usize::from(slot)) {
-            Some(place) if SLOTS.contains(&slot) && place.is_none() => {
-                *place = Some(function);
+            Some(place) if SLOTS.contains(&slot) && is_free(place) => {
+                *place = device;
                 true
             }
             _ => false,
         }
     }
 
-    /// Empties `slot`: from here on nobody finds its function. A vCPU that is in the middle of an access finishes it.
+    /// Empties `slot`: from here on nobody finds its functions. A vCPU that is in the middle of an access finishes it.
     pub(crate) fn remove(&self, slot: u8) {
         let slot = usize::from(slot);
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let removed = slots.get_mut(slot).and_then(Option::take);
-        let decoded: Vec<_> = ranges.extract_if(.., |decoded| decoded.slot == slot).collect();
+        let removed = slots.get_mut(slot).map(std::mem::take);
+        let decoded: Vec<_> = ranges.extract_if(.., |decoded| decoded.place.0 == slot).collect();
         // The last owner frees what a function holds: not under the locks.
         drop((slots, ranges));
         drop((removed, decoded));
     }
 
-    fn function(&self, slot: usize) -> Option<Arc<dyn PciFunction>> {
-        self.slots.read().unwrap_or_else(PoisonError::into_inner).get(slot)?.clone()
+    fn function(&self, (slot, number): Place) -> Option<Arc<dyn PciFunction>> {
+        self.slots.read().unwrap_or_else(PoisonError::into_inner).get(slot)?.get(number)?.clone()
     }
 
     /// The function and register that `offset` of the configuration window stands for.
-    fn target(&self, offset: u64) -> Option<(usize, u16, Arc<dyn PciFunction>)> {
+    fn target(&self, offset: u64) -> Option<(Place, u16, Arc<dyn PciFunction>)> {
         let slot = usize::try_from(offset >> SLOT_SHIFT).ok()?;
-        let function_number = offset >> FUNCTION_SHIFT & 7;
-        if function_number != 0 {
-            return None;
-        }
+        let number = usize::try_from(offset >> FUNCTION_SHIFT & 7).ok()?;
         let register = u16::try_from(offset & ((1 << FUNCTION_SHIFT) - 1)).ok()?;
-        Some((slot, register, self.function(slot)?))
+        Some(((slot, number), register, self.function((slot, number))?))
     }
 
     /// Answers a read at `offset` of the configuration window; all ones where no function is.
@@ -91,35 +112,35 @@ impl PciBus {
 
     /// Takes a write at `offset` of the configuration window.
     pub(crate) fn write_config(&self, offset: u64, data: &[u8]) {
-        if let Some((slot, register, function)) = self.target(offset)
+        if let Some((place, register, function)) = self.target(offset)
             && function.write_config(register, data)
         {
-            self.refresh(slot);
+            self.refresh(place);
         }
     }
 
-    /// Asks the function in `slot` again what it answers to.
-    fn refresh(&self, slot: usize) {
+    /// Asks the function at `place` again what it answers to.
+    fn refresh(&self, place: Place) {
         let _one_at_a_time = self.refreshing.lock().unwrap_or_else(PoisonError::into_inner);
-        let Some(function) = self.function(slot) else { return };
+        let Some(function) = self.function(place) else { return };
         let decoded: Vec<_> = function
             .ranges()
             .into_iter()
-            .map(|(bar, range)| Decoded { range, slot, bar, function: Arc::clone(&function) })
+            .map(|(bar, range)| Decoded { range, place, bar, function: Arc::clone(&function) })
             .collect();
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
         // It may have been removed meanwhile.
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
-        if slots[slot].as_ref().is_some_and(|present| Arc::ptr_eq(present, &function)) {
-            ranges.retain(|decoded| decoded.slot != slot);
+        if slots[place.0][place.1].as_ref().is_some_and(|present| Arc::ptr_eq(present, &function)) {
+            ranges.retain(|decoded| decoded.place != place);
             ranges.extend(decoded);
         }
     }
 
-    /// What the function in `slot` answers to now: base address registers and their ranges.
+    /// What the functions in `slot` answer to now: base address registers and their ranges.
     pub(crate) fn decoded(&self, slot: u8) -> Vec<(u8, layout::Range)> {
         let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
-        let of_slot = ranges.iter().filter(|decoded| decoded.slot == usize::from(slot));
+        let of_slot = ranges.iter().filter(|decoded| decoded.place.0 == usize::from(slot));
         of_slot.map(|decoded| (decoded.bar, decoded.range)).collect()
     }
 
@@ -191,6 +212,25 @@ mod tests {
         assert_eq!(read_config(&bus, 1 << 15 | 1 << 12), [0xff; 4]);
         assert_eq!(read_config(&bus, 0), [0xff; 4]);
         assert_eq!(read_config(&bus, 0xf_f000), [0xff; 4]);
+    }
+
+    #[test]
+    fn functions_of_one_device_answer_side_by_side_and_leave_together() {
+        let bus = PciBus::default();
+        let function = || -> Arc<dyn PciFunction> { Arc::new(Movable::default()) };
+        assert!(bus.add_device(1, vec![(0, function()), (3, function())]));
+        assert!(!bus.add_device(1, vec![(1, function())]) && !bus.add_device(2, vec![(8, function())]));
+        assert_eq!(bus.free_slot(), Some(2));
+        for (number, expected) in [(0, 0x11), (1, 0xff), (3, 0x11), (7, 0xff)] {
+            assert_eq!(read_config(&bus, 1 << 15 | number << 12), [expected; 4]);
+        }
+        for (number, address) in [(0, 0xC010_0000_u32), (3, 0xC020_0000)] {
+            bus.write_config(1 << 15 | number << 12 | 0x10, &address.to_le_bytes());
+        }
+        assert!(bus.read_memory(0xC010_0000, &mut [0]) && bus.read_memory(0xC020_0000, &mut [0]));
+        assert_eq!(bus.decoded(1).len(), 2);
+        bus.remove(1);
+        assert!(!bus.read_memory(0xC020_0000, &mut [0]) && bus.free_slot() == Some(1));
     }
 
     #[test]

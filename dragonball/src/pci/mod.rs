@@ -3,6 +3,7 @@
 pub(crate) mod bus;
 pub(crate) mod config;
 pub(crate) mod msix;
+pub(crate) mod windows;
 
 use crate::memory::layout::Range;
 

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use crate::ctl::Ctl;
 use clap::{Args, Parser, Subcommand};
 use dragonball::{
-    ConsoleOutput, DiskConfig, FsConfig, MachineConfig, NetConfig, PmemConfig, TapSource, VhostMode, VsockConfig,
+    ConsoleOutput, DiskConfig, FsConfig, MachineConfig, NetConfig, PmemConfig, TapSource, VfioConfig, VhostMode,
+    VsockConfig,
 };
 
 /// Runs virtual machines.
@@ -38,6 +39,9 @@ Examples:
   A network card on the tap interface tap0, which is made and set up if it is not there (then, on the host:
   ip address add 10.0.0.1/24 dev tap0):
     dragonball run --kernel vmlinux --initrd initrd.cpio --net tap=tap0 --console -
+
+  A GPU of the host, which was bound to vfio-pci before:
+    dragonball run --kernel vmlinux --initrd initrd.cpio --memory 2G --vfio 0000:01:00.0 --console -
 
   How long it takes until init has started:
     dragonball run --kernel vmlinux --initrd initrd.cpio --boot-timer";
@@ -127,6 +131,12 @@ pub(crate) struct Run {
     #[arg(long, value_name = "CID", default_value_t = 3, requires = "vsock")]
     vsock_cid: u32,
 
+    /// A device of the host that the guest gets, with all of its IOMMU group: its directory in sysfs, its address, or
+    /// /dev/vfio/GROUP. All of them must be bound to vfio-pci. Guest memory stays in RAM for as long as it runs. With p2p,
+    /// other devices may access its memory; clique=N tells NVIDIA's driver which devices may. Can be repeated.
+    #[arg(long, value_name = "DEVICE[,p2p][,clique=N]", value_parser = parse_vfio)]
+    vfio: Vec<VfioConfig>,
+
     /// Where the console goes: a file, or - for standard input and output.
     #[arg(long, value_name = "FILE|-", value_parser = parse_output)]
     console: Option<ConsoleOutput>,
@@ -213,6 +223,20 @@ pub(crate) fn parse_fs(text: &str) -> Result<FsConfig, String> {
     }
 }
 
+pub(crate) fn parse_vfio(text: &str) -> Result<VfioConfig, String> {
+    let mut parts = text.split(',');
+    let path = parts.next().filter(|path| !path.is_empty()).ok_or("give a device, for instance 0000:01:00.0")?;
+    let mut config = VfioConfig { path: path.into(), clique: None, peer_to_peer: false };
+    for part in parts {
+        match (part, part.strip_prefix("clique=")) {
+            ("p2p", _) => config.peer_to_peer = true,
+            (_, Some(clique)) => config.clique = Some(clique.parse().map_err(|_| "a clique is a number from 0 to 15")?),
+            _ => return Err(format!("{part:?} is no option of a device: use p2p or clique=N")),
+        }
+    }
+    Ok(config)
+}
+
 #[expect(clippy::unnecessary_wraps, reason = "the signature is clap's")]
 fn parse_output(text: &str) -> Result<ConsoleOutput, String> {
     Ok(if text == "-" { ConsoleOutput::Stdio } else { ConsoleOutput::File(text.into()) })
@@ -233,6 +257,7 @@ impl From<Run> for MachineConfig {
             net: run.net,
             fs: run.fs,
             vsock: run.vsock.map(|socket| VsockConfig { guest_cid, socket }),
+            vfio: run.vfio,
             console: run.console.unwrap_or_default(),
             debug_uart: run.debug_uart.unwrap_or_default(),
             vcpus_max: run.max_cpus,
@@ -260,7 +285,7 @@ mod tests {
         let options = "--initrd initrd --cpus 2 --memory 1G --memory-max 4G --balloon --pmem a,ro --pmem b \
             --disk c --net tap=tap0 --net vhost=off,queues=4,mtu=9000,mac=02:00:00:00:00:07,tap=tap1 \
             --fs tag=/dir=1 --vsock sock --vsock-cid 7 --console - \
-            --debug-uart log --boot-timer --control control --max-cpus 4";
+            --vfio 0000:01:00.0,p2p,clique=3 --vfio /dev/vfio/7 --debug-uart log --boot-timer --control control --max-cpus 4";
         let mut options: Vec<_> = options.split_whitespace().collect();
         options.extend(["--cmdline", "-x one=1"]);
         let machine = config(&options);
@@ -288,6 +313,10 @@ mod tests {
             ],
             fs: vec![FsConfig { tag: "tag".to_owned(), directory: "/dir=1".into() }],
             vsock: Some(VsockConfig { guest_cid: 7, socket: "sock".into() }),
+            vfio: vec![
+                VfioConfig { path: "0000:01:00.0".into(), clique: Some(3), peer_to_peer: true },
+                VfioConfig { path: "/dev/vfio/7".into(), clique: None, peer_to_peer: false },
+            ],
             console: ConsoleOutput::Stdio,
             debug_uart: ConsoleOutput::File("log".into()),
             vcpus_max: Some(4),
@@ -316,7 +345,16 @@ mod tests {
 
     #[test]
     fn what_cannot_be_meant_is_refused() {
-        for option in ["--fs=tag", "--fs==/dir", "--pmem=,ro", "--cpus=300", "--memory=lots", "--memory-max=more"] {
+        for option in [
+            "--fs=tag",
+            "--fs==/dir",
+            "--pmem=,ro",
+            "--cpus=300",
+            "--memory=lots",
+            "--memory-max=more",
+            "--vfio=,p2p",
+            "--vfio=a,b",
+        ] {
             let arguments = ["dragonball", "run", "--kernel", "vmlinux", option];
             assert!(Cli::try_parse_from(arguments).is_err(), "{option}");
         }

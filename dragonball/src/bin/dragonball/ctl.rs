@@ -6,9 +6,9 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 use dragonball::control_socket::{ControlAnswer, ControlError, ControlRequest, ask};
 use dragonball::manage::{DeviceInfo, MachineInfo, Presence, RangeInfo};
-use dragonball::{DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig};
+use dragonball::{DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VfioConfig};
 
-use crate::cli::{Image, parse_fs, parse_image, parse_net, parse_size};
+use crate::cli::{Image, parse_fs, parse_image, parse_net, parse_size, parse_vfio};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -76,6 +76,15 @@ enum Action {
         #[arg(long)]
         name: Option<String>,
     },
+    /// Adds a device of the host with all of its IOMMU group, which must be bound to vfio-pci.
+    AddVfio {
+        /// Its directory in sysfs, its address, or /dev/vfio/GROUP.
+        #[arg(value_name = "DEVICE[,p2p][,clique=N]", value_parser = parse_vfio)]
+        device: VfioConfig,
+        /// The device's name, for info and remove.
+        #[arg(long)]
+        name: Option<String>,
+    },
     /// Removes a device, when the guest has let it go.
     Remove {
         /// Its name.
@@ -134,6 +143,7 @@ fn request(action: Action, deadline_ms: u32) -> ControlRequest {
         }
         Action::AddNet { net, name } => add(name, DeviceConfig::Net(net)),
         Action::AddFs { fs, name } => add(name, DeviceConfig::Fs(FsConfig { directory: absolute(fs.directory), ..fs })),
+        Action::AddVfio { device, name } => add(name, DeviceConfig::Vfio(device)),
         Action::Remove { name } => ControlRequest::RemoveDevice { name, deadline_ms },
         Action::ResizeCpu { count } => ControlRequest::ResizeVcpus { count, deadline_ms },
         Action::ResizeMem { size } => ControlRequest::ResizeMemory { bytes: size, deadline_ms },

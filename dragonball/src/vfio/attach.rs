@@ -1,0 +1,229 @@
+//! Giving an IOMMU group to the guest: all of its functions, in one slot, because they come and go together.
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use kvm_ioctls::VmFd;
+
+use super::VfioError;
+use super::device::{Candidate, Options, Services, VfioFunction};
+use super::dma::Dma;
+use super::host::kvm::KvmVfio;
+use super::host::sysfs::{Address, Group, Sysfs};
+use super::host::{HostDevice, Iommu, iommufd, type1};
+use crate::config::VfioConfig;
+use crate::memory::layout::Range;
+use crate::memory::listener::{Attachment, DmaListeners};
+use crate::pci::windows::{BarRequest, Windows};
+
+/// The machine's side of its devices of the host.
+pub(crate) struct Passthrough {
+    vm: Arc<VmFd>,
+    listeners: DmaListeners,
+    sysfs: Sysfs,
+    shared: Mutex<SharedState>,
+}
+
+#[derive(Default)]
+struct SharedState {
+    /// A VM has one of these for its life.
+    kvm: Option<Arc<KvmVfio>>,
+    /// What the devices share, as long as there is one.
+    session: Weak<Session>,
+}
+
+/// A group whose devices are this machine's, before it has a place in the guest.
+pub(crate) struct PreparedGroup {
+    candidates: Vec<Candidate>,
+    /// Their numbers in the group's slot.
+    numbers: Vec<u8>,
+    options: Options,
+}
+
+/// The functions of a group with their numbers in its slot.
+pub(crate) type Functions = Vec<(u8, Arc<VfioFunction>)>;
+
+/// A group's devices, opened, with what they share.
+type Opened = (Arc<Session>, Vec<Arc<dyn HostDevice>>);
+
+impl Passthrough {
+    /// A machine without devices of the host.
+    pub(crate) fn new(vm: Arc<VmFd>, listeners: DmaListeners) -> Self {
+        Self { vm, listeners, sysfs: Sysfs::default(), shared: Mutex::default() }
+    }
+
+    /// Opens and resets the devices of a group. All of the guest's RAM is theirs from here on. May take seconds.
+    ///
+    /// # Errors
+    /// When the group cannot be given. Nothing is left then.
+    pub(crate) fn prepare(&self, config: &VfioConfig) -> Result<PreparedGroup, VfioError> {
+        let group = self.sysfs.group(&config.path)?;
+        group.require_viable()?;
+        let addresses: Vec<Address> = group.functions.iter().map(|function| function.address).collect();
+        let count = addresses.len();
+        let numbers = numbers(&addresses).ok_or(VfioError::TooManyFunctions { group: group.number, count })?;
+        let (session, hosts) = self.open(&group)?;
+        let options = Options {
+            clique: config.clique,
+            peers: config.peer_to_peer.then(|| Arc::clone(&session.dma)),
+            multi_function: numbers.len() > 1,
+            keeper: Some(session),
+        };
+        let candidates = hosts.into_iter().map(Candidate::new).collect::<Result<_, _>>()?;
+        Ok(PreparedGroup { candidates, numbers, options })
+    }
+
+    /// Opens all devices of a group, and gives them the guest's RAM if they are the first.
+    fn open(&self, group: &Group) -> Result<Opened, VfioError> {
+        let name = format!("IOMMU group {}", group.number);
+        let refused = |source| VfioError::Host { device: name.clone(), action: "open its devices", source };
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(session) = shared.session.upgrade() {
+            let hosts = session.way.open(group).map_err(refused)?;
+            return Ok((session, hosts));
+        }
+        let way = Way::choose(group, shared.kvm(&self.vm)).map_err(refused)?;
+        let hosts = way.open(group).map_err(refused)?;
+        let dma = Arc::new(Dma::new(way.iommu()).map_err(refused)?);
+        let attachment = dma.follow(&self.listeners)?;
+        let session = Arc::new(Session { way, dma, _attachment: attachment });
+        shared.session = Arc::downgrade(&session);
+        Ok((session, hosts))
+    }
+}
+
+impl SharedState {
+    fn kvm(&mut self, vm: &VmFd) -> Option<Arc<KvmVfio>> {
+        if self.kvm.is_none() {
+            match KvmVfio::new(vm) {
+                Ok(kvm) => self.kvm = Some(Arc::new(kvm)),
+                // Without it, devices that bypass the caches are the only ones that could suffer.
+                Err(error) => tracing::warn!(%error, "KVM was built without VFIO: it does not learn of devices"),
+            }
+        }
+        self.kvm.clone()
+    }
+}
+
+impl PreparedGroup {
+    /// Gives the functions their memory in the windows. Gives what that takes, too, to be given back when they have gone.
+    ///
+    /// # Errors
+    /// When the windows have no room, or a device does not answer. Nothing is taken then.
+    pub(crate) fn place(
+        self,
+        windows: &mut Windows,
+        services: &Services,
+    ) -> Result<(Functions, Vec<Range>), VfioError> {
+        let requests: Vec<BarRequest> = self.candidates.iter().flat_map(Candidate::requests).collect();
+        let places = windows.place(&requests)?;
+        match self.functions(&places, services) {
+            Ok(functions) => Ok((functions, places)),
+            Err(error) => {
+                places.into_iter().for_each(|place| windows.free(place));
+                Err(error)
+            }
+        }
+    }
+
+    fn functions(self, places: &[Range], services: &Services) -> Result<Functions, VfioError> {
+        let mut rest = places;
+        let mut functions = Functions::new();
+        for (candidate, number) in self.candidates.into_iter().zip(self.numbers) {
+            let (own, others) = rest.split_at(candidate.requests().len());
+            rest = others;
+            let function = VfioFunction::new(candidate, own, services, &self.options)?;
+            functions.push((number, Arc::new(function)));
+        }
+        Ok(functions)
+    }
+}
+
+/// The number of each function of a group in the group's slot: those of one device keep theirs, because drivers find each
+/// other by them; those of several are counted. Nothing when there are more than a slot has.
+fn numbers(addresses: &[Address]) -> Option<Vec<u8>> {
+    const MAX: usize = 8;
+    let one_device = addresses.iter().all(|one| Some(one.device()) == addresses.first().map(|first| first.device()));
+    if one_device && addresses.iter().any(|one| one.function == 0) {
+        return Some(addresses.iter().map(|one| one.function).collect());
+    }
+    (addresses.len() <= MAX).then(|| (0..8).take(addresses.len()).collect())
+}
+
+/// How the host gives its devices.
+enum Way {
+    Type1(Arc<type1::Container>),
+    Iommufd(Arc<iommufd::AddressSpace>),
+}
+
+impl Way {
+    /// Takes the newer way where the host has it for all devices of the group.
+    fn choose(group: &Group, kvm: Option<Arc<KvmVfio>>) -> io::Result<Self> {
+        let has_file = group.functions.iter().all(|function| iommufd::device_file(&function.directory).is_some());
+        Ok(if has_file && iommufd::is_usable() {
+            Self::Iommufd(Arc::new(iommufd::AddressSpace::open(kvm)?))
+        } else {
+            Self::Type1(Arc::new(type1::Container::open(kvm)?))
+        })
+    }
+
+    fn iommu(&self) -> Arc<dyn Iommu> {
+        match self {
+            Self::Type1(container) => Arc::clone(container) as _,
+            Self::Iommufd(space) => Arc::clone(space) as _,
+        }
+    }
+
+    fn open(&self, group: &Group) -> io::Result<Vec<Arc<dyn HostDevice>>> {
+        match self {
+            Self::Type1(container) => {
+                let files = container.add(group.number)?;
+                group.functions.iter().map(|function| files.device(&function.address.to_string())).collect()
+            }
+            Self::Iommufd(space) => {
+                let missing = || io::Error::other("the kernel has made no device file for it");
+                let open = |function: &super::host::sysfs::Function| {
+                    let file = iommufd::device_file(&function.directory).ok_or_else(missing)?;
+                    space.device(&file, &function.address.to_string())
+                };
+                group.functions.iter().map(open).collect()
+            }
+        }
+    }
+}
+
+/// What all devices of the host of one machine share. With the last of them it goes, and the kernel unmaps everything.
+struct Session {
+    dma: Arc<Dma>,
+    way: Way,
+    /// Keeps memory from being discarded under the devices: dropped after what lets them at it.
+    _attachment: Attachment,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn of(addresses: &[&str]) -> Option<Vec<u8>> {
+        numbers(&addresses.iter().map(|address| address.parse().unwrap()).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn a_group_fills_one_slot_whose_first_function_is_there() {
+        assert_eq!(of(&["01:00.0"]), Some(vec![0]));
+        assert_eq!(of(&["01:00.0", "01:00.1", "01:00.3"]), Some(vec![0, 1, 3]));
+        assert_eq!(of(&["01:00.1", "01:00.3"]), Some(vec![0, 1]));
+        assert_eq!(of(&["01:00.0", "02:00.0", "02:00.1"]), Some(vec![0, 1, 2]));
+        assert_eq!(of(&["01:00.0"; 9].map(|_| "01:00.1")), None);
+    }
+
+    #[test]
+    fn a_device_that_is_not_there_is_refused() {
+        let vm = crate::kvm::open().and_then(|kvm| crate::kvm::create_vm(&kvm)).unwrap();
+        let memory = crate::memory::GuestRam::new(64 << 20).unwrap();
+        let passthrough = Passthrough::new(vm, DmaListeners::new(Arc::clone(memory.memory())));
+        let config = VfioConfig { path: "/dev/vfio/4096".into(), clique: None, peer_to_peer: false };
+        let error = passthrough.prepare(&config).err().unwrap().to_string();
+        assert!(error.contains("/dev/vfio/4096") && error.contains("give"), "{error}");
+    }
+}
