@@ -5,8 +5,10 @@
 //! Source: PCI Local Bus Specification 3.0, §6.8.2.
 
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::irq::Message;
@@ -30,6 +32,27 @@ struct State {
     enabled: bool,
     masked: bool,
     vectors: Vec<Vector>,
+    events: Vec<OutsideEvent>,
+}
+
+/// An event by which somebody outside of this process, the host kernel, raises a vector. KVM listens to it while the
+/// vector is unmasked; in the meantime it counts, and KVM looks at that when it listens again.
+struct OutsideEvent {
+    /// Who it was made for.
+    source: u16,
+    vector: u16,
+    event: EventFd,
+    attached: Option<Gsi>,
+}
+
+impl OutsideEvent {
+    /// Whether it was raised and KVM does not listen.
+    fn is_pending(&self) -> bool {
+        // SAFETY: the event owns its descriptor, which stays open for the borrow.
+        let fd = unsafe { BorrowedFd::borrow_raw(self.event.as_raw_fd()) };
+        let mut entry = [PollFd::new(fd, PollFlags::POLLIN)];
+        self.attached.is_none() && matches!(poll(&mut entry, PollTimeout::ZERO), Ok(1))
+    }
 }
 
 #[derive(Default)]
@@ -71,6 +94,19 @@ impl Vector {
     }
 }
 
+impl State {
+    /// Whether an interrupt of this vector goes through.
+    fn is_open(&self, vector: u16) -> bool {
+        let masked = self.vectors.get(usize::from(vector)).is_none_or(Vector::masked);
+        self.enabled && !self.masked && !masked
+    }
+
+    fn is_pending(&self, index: usize) -> bool {
+        let outside = |outside: &OutsideEvent| usize::from(outside.vector) == index && outside.is_pending();
+        self.vectors.get(index).is_some_and(|vector| vector.pending) || self.events.iter().any(outside)
+    }
+}
+
 impl Msix {
     /// `vectors` vectors, 1 to 2048, all masked.
     pub(crate) fn new(router: Arc<IrqRouter>, vectors: u16) -> Self {
@@ -80,7 +116,8 @@ impl Msix {
             vector
         };
         let vectors = std::iter::repeat_with(masked).take(usize::from(vectors)).collect();
-        Self { router, state: Mutex::new(State { enabled: false, masked: false, vectors }) }
+        let state = State { enabled: false, masked: false, vectors, events: Vec::new() };
+        Self { router, state: Mutex::new(state) }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -130,8 +167,7 @@ impl Msix {
         let state = self.state();
         for (at, byte) in (offset..).zip(data) {
             let first = usize::try_from(at).unwrap_or(usize::MAX).saturating_mul(8);
-            let bit =
-                |index: usize| state.vectors.get(first.saturating_add(index)).is_some_and(|vector| vector.pending);
+            let bit = |index: usize| state.is_pending(first.saturating_add(index));
             *byte = (0..8).fold(0, |bits, index| bits | u8::from(bit(index)) << index);
         }
     }
@@ -183,6 +219,7 @@ impl Msix {
         }
         let result = self.router.route(&changes).and_then(|()| self.attach(state, &fresh));
         if result.is_err() {
+            state.events.iter_mut().for_each(|outside| self.detach_event(outside));
             for vector in &mut state.vectors {
                 self.drop_line(vector);
             }
@@ -205,7 +242,79 @@ impl Msix {
         }
     }
 
+    /// An event that raises `vector` when it is written, on behalf of `source`, which has one at most.
+    ///
+    /// # Errors
+    /// When the host has no event left.
+    pub(crate) fn add_event(&self, source: u16, vector: u16) -> io::Result<EventFd> {
+        let event = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?;
+        let given = event.try_clone()?;
+        let mut state = self.state();
+        self.remove_events_of(&mut state, |other| other == source);
+        state.events.push(OutsideEvent { source, vector, event, attached: None });
+        self.settle_events(&mut state);
+        Ok(given)
+    }
+
+    /// The event of `source`, if it has one, raises `vector` from now on.
+    pub(crate) fn move_event(&self, source: u16, vector: u16) {
+        let mut state = self.state();
+        if let Some(outside) = state.events.iter_mut().find(|outside| outside.source == source) {
+            outside.vector = vector;
+            self.settle_events(&mut state);
+        }
+    }
+
+    /// Forgets all such events.
+    pub(crate) fn remove_events(&self) {
+        self.remove_events_of(&mut self.state(), |_| true);
+    }
+
+    fn remove_events_of(&self, state: &mut State, chosen: impl Fn(u16) -> bool) {
+        for outside in state.events.iter_mut().filter(|outside| chosen(outside.source)) {
+            self.detach_event(outside);
+        }
+        state.events.retain(|outside| !chosen(outside.source));
+    }
+
+    fn detach_event(&self, outside: &mut OutsideEvent) {
+        if let Some(gsi) = outside.attached.take()
+            && let Err(error) = self.router.detach(&outside.event, gsi)
+        {
+            tracing::debug!(%error, "KVM did not listen to an event");
+        }
+    }
+
+    /// Has KVM listen to the events whose vectors are unmasked, and to no others.
+    fn settle_events(&self, state: &mut State) {
+        let wanted = state
+            .events
+            .iter()
+            .any(|outside| state.is_open(outside.vector) && state.vectors[usize::from(outside.vector)].unrouted());
+        if wanted && let Err(error) = self.route_unmasked(state) {
+            tracing::warn!(%error, "interrupts of the host kernel are lost for now");
+        }
+        let mut events = std::mem::take(&mut state.events);
+        for outside in &mut events {
+            let line = state.vectors.get(usize::from(outside.vector)).and_then(|vector| vector.line.as_ref());
+            let target = line.filter(|_| state.is_open(outside.vector)).map(|line| line.gsi);
+            if outside.attached != target {
+                self.detach_event(outside);
+                if let Some(gsi) = target {
+                    match self.router.attach(&outside.event, gsi) {
+                        Ok(()) => outside.attached = Some(gsi),
+                        Err(error) => tracing::warn!(%error, "KVM does not listen to an event of the host kernel"),
+                    }
+                    // KVM has seen what was counted meanwhile: it shall not see it again.
+                    let _ = outside.event.read();
+                }
+            }
+        }
+        state.events = events;
+    }
+
     fn deliver_pending(&self, state: &mut State) {
+        self.settle_events(state);
         if !state.enabled || state.masked {
             return;
         }
@@ -256,6 +365,11 @@ impl Msix {
 impl Drop for Msix {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        for OutsideEvent { event, attached, .. } in &state.events {
+            if let Some(gsi) = attached {
+                let _ = self.router.detach(event, *gsi);
+            }
+        }
         for vector in &mut state.vectors {
             if let Some(line) = vector.line.take() {
                 let _ = self.router.detach(&line.event, line.gsi);

@@ -207,7 +207,7 @@ mod tests {
     const GIB: u64 = 1 << 30;
 
     fn windows(memory: u64, address_bits: u8) -> Windows {
-        Windows::new(PCI_32, HighMemory::above(memory, address_bits).fix_pci_window())
+        Windows::new(PCI_32, HighMemory::above(memory, None, address_bits).pci_window())
     }
 
     fn video_memory(length: u64) -> BarRequest {

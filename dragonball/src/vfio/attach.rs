@@ -4,7 +4,6 @@ use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::VfioError;
 use super::device::{Candidate, Options, Services, VfioFunction};
@@ -14,13 +13,13 @@ use super::host::sysfs::{Address, Group, Sysfs};
 use super::host::{HostDevice, Iommu, iommufd, type1};
 use crate::config::VfioConfig;
 use crate::memory::layout::Range;
+use crate::memory::listener::{Attachment, DmaListener, DmaListeners};
 use crate::pci::windows::{BarRequest, Windows};
-use crate::virtio::device::GuestMemory;
 
 /// The machine's side of its devices of the host.
 pub(crate) struct Passthrough {
     vm: Arc<VmFd>,
-    memory: GuestMemory,
+    listeners: DmaListeners,
     sysfs: Sysfs,
     shared: Mutex<SharedState>,
 }
@@ -49,8 +48,8 @@ type Opened = (Arc<Session>, Vec<Arc<dyn HostDevice>>);
 
 impl Passthrough {
     /// A machine without devices of the host.
-    pub(crate) fn new(vm: Arc<VmFd>, memory: GuestMemory) -> Self {
-        Self { vm, memory, sysfs: Sysfs::default(), shared: Mutex::default() }
+    pub(crate) fn new(vm: Arc<VmFd>, listeners: DmaListeners) -> Self {
+        Self { vm, listeners, sysfs: Sysfs::default(), shared: Mutex::default() }
     }
 
     /// Opens and resets the devices of a group. All of the guest's RAM is theirs from here on. May take seconds.
@@ -85,9 +84,11 @@ impl Passthrough {
         }
         let way = Way::choose(group, shared.kvm(&self.vm)).map_err(refused)?;
         let hosts = way.open(group).map_err(refused)?;
-        let dma = Dma::new(way.iommu()).map_err(refused)?;
-        let session = Arc::new(Session { way, dma: Arc::new(dma), memory: Arc::clone(&self.memory) });
-        session.map_ram()?;
+        let dma = Arc::new(Dma::new(way.iommu()).map_err(refused)?);
+        let listener: Arc<dyn DmaListener> = Arc::clone(&dma) as _;
+        let refused = |source| VfioError::Host { device: name.clone(), action: "give it the guest's memory", source };
+        let attachment = self.listeners.attach(listener).map_err(refused)?;
+        let session = Arc::new(Session { dma, way, _attachment: attachment });
         shared.session = Arc::downgrade(&session);
         Ok((session, hosts))
     }
@@ -197,19 +198,8 @@ impl Way {
 struct Session {
     dma: Arc<Dma>,
     way: Way,
-    memory: GuestMemory,
-}
-
-impl Session {
-    fn map_ram(&self) -> Result<(), VfioError> {
-        for region in self.memory.iter() {
-            let range = Range { start: region.start_addr().0, length: region.len() };
-            // SAFETY: this value keeps the region mapped, and RAM is the guest's: this process takes nothing in it for
-            // granted.
-            unsafe { self.dma.map(range, region.as_ptr() as u64)? };
-        }
-        Ok(())
-    }
+    /// While it is there, the guest's memory is theirs: what is plugged is mapped, and nothing is discarded.
+    _attachment: Attachment,
 }
 
 #[cfg(test)]
@@ -233,7 +223,7 @@ mod tests {
     fn a_device_that_is_not_there_is_refused() {
         let vm = crate::kvm::open().and_then(|kvm| crate::kvm::create_vm(&kvm)).unwrap();
         let memory = crate::memory::GuestRam::new(64 << 20).unwrap();
-        let passthrough = Passthrough::new(vm, Arc::clone(memory.memory()));
+        let passthrough = Passthrough::new(vm, DmaListeners::new(Arc::clone(memory.memory())));
         let config = VfioConfig { path: "/dev/vfio/4096".into(), clique: None, peer_to_peer: false };
         let error = passthrough.prepare(&config).err().unwrap().to_string();
         assert!(error.contains("/dev/vfio/4096") && error.contains("give"), "{error}");

@@ -11,6 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use super::VfioError;
 use super::host::Iommu;
 use crate::memory::layout::Range;
+use crate::memory::listener::DmaListener;
 
 /// What devices can access.
 pub(crate) struct Dma {
@@ -78,6 +79,20 @@ impl Dma {
     #[cfg(test)]
     pub(crate) fn mapped(&self) -> u64 {
         self.maps().values().sum()
+    }
+}
+
+impl DmaListener for Dma {
+    fn plugged(&self, range: Range, host: u64) -> io::Result<()> {
+        // SAFETY: the memory stays mapped until it has been unplugged or its listeners have gone; it is the guest's, and
+        // this process takes nothing in it for granted.
+        unsafe { self.map(range, host) }.map_err(io::Error::other)
+    }
+
+    fn unplugged(&self, range: Range) {
+        if let Err(error) = self.unmap(range) {
+            tracing::error!(%error, ?range, "devices still reach memory that the guest let go");
+        }
     }
 }
 

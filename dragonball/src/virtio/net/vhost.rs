@@ -1,7 +1,7 @@
 //! A queue pair whose frames the host kernel moves (`/dev/vhost-net`; the kernel's `include/uapi/linux/vhost.h`).
 //!
-//! The kernel takes the doorbells by itself. Its interrupts come as events of the device thread, which passes them on: so
-//! they are masked and routed as those of every other device.
+//! The kernel takes the doorbells by itself, and interrupts the guest by itself where the transport has events for that.
+//! Elsewhere its calls come as events of the device thread, which passes them on.
 
 use std::fs::File;
 use std::io;
@@ -16,7 +16,7 @@ use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::virtio::device::{EventRegistry, GuestMemory};
+use crate::virtio::device::{EventRegistry, GuestMemory, Region};
 use crate::virtio::ring::{RING_FEATURES, Ring, RingPosition};
 
 /// The device file.
@@ -32,8 +32,24 @@ pub(super) struct Vhost {
     memory: GuestMemory,
     tap: File,
     /// What the kernel calls the guest by, for the receive and the transmit ring.
-    calls: [EventFd; 2],
+    calls: [Call; 2],
     running: bool,
+}
+
+/// What the kernel calls the guest by.
+struct Call {
+    event: EventFd,
+    /// Whether somebody here has to pass it on.
+    relayed: bool,
+}
+
+impl Call {
+    fn new(ring: &Ring) -> io::Result<Self> {
+        match ring.interrupt_event() {
+            Some(event) => Ok(Self { event, relayed: false }),
+            None => Ok(Self { event: EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?, relayed: true }),
+        }
+    }
 }
 
 /// Says whether the kernel's device can be opened.
@@ -51,13 +67,12 @@ impl Vhost {
     /// # Errors
     /// When the kernel does not take them; the rings are as they were then.
     pub(super) fn new(memory: &GuestMemory, features: u64, rings: [&Ring; 2], tap: BorrowedFd<'_>) -> io::Result<Self> {
-        let event = || EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC);
         let kernel = KernelNet::new(GuestMemory::clone(memory)).map_err(into_io)?;
         let new = Self {
             kernel,
             memory: GuestMemory::clone(memory),
             tap: tap.try_clone_to_owned()?.into(),
-            calls: [event()?, event()?],
+            calls: [Call::new(rings[0])?, Call::new(rings[1])?],
             running: false,
         };
         new.set_up(features, rings).map_err(into_io)?;
@@ -72,7 +87,7 @@ impl Vhost {
             return Err(vhost::Error::VhostOpen(io::ErrorKind::Unsupported.into()));
         }
         kernel.set_features(wanted)?;
-        kernel.set_mem_table(&regions(&self.memory))?;
+        kernel.set_mem_table(&regions(&self.memory).map_err(vhost::Error::VhostOpen)?)?;
         for (index, (ring, call)) in rings.into_iter().zip(&self.calls).enumerate() {
             let layout = ring.layout();
             kernel.set_vring_num(index, layout.size)?;
@@ -89,7 +104,7 @@ impl Vhost {
                     log_addr: None,
                 },
             )?;
-            kernel.set_vring_call(index, call)?;
+            kernel.set_vring_call(index, &call.event)?;
             kernel.set_vring_kick(index, ring.kick())?;
         }
         Ok(())
@@ -129,23 +144,27 @@ impl Vhost {
         Ok(positions)
     }
 
-    /// Watches what the kernel calls the guest by, under `token` and the one after it.
+    /// Watches the calls that have to be passed on, under `token` and the one after it.
     ///
     /// # Errors
     /// When epoll refuses; nothing is watched then.
     pub(super) fn watch(&self, token: u32, events: &mut dyn EventRegistry) -> io::Result<()> {
-        let [receive, transmit] = &self.calls;
-        events.add(receive.as_raw_fd(), token, IN)?;
-        events.add(transmit.as_raw_fd(), token + 1, IN).inspect_err(|_| {
-            // It was added a moment ago; the error to report is the first one.
-            let _ = events.remove(receive.as_raw_fd());
-        })
+        for ((done, call), token) in self.calls.iter().enumerate().zip(token..).filter(|((_, call), _)| call.relayed) {
+            if let Err(error) = events.add(call.event.as_raw_fd(), token, IN) {
+                for watched in self.calls[..done].iter().filter(|call| call.relayed) {
+                    // It was added a moment ago; the error to report is the first one.
+                    let _ = events.remove(watched.event.as_raw_fd());
+                }
+                return Err(error);
+            }
+        }
+        Ok(())
     }
 
-    /// Watches it no longer.
+    /// Watches them no longer.
     pub(super) fn unwatch(&self, events: &mut dyn EventRegistry) {
-        for call in &self.calls {
-            if let Err(error) = events.remove(call.as_raw_fd()) {
+        for call in self.calls.iter().filter(|call| call.relayed) {
+            if let Err(error) = events.remove(call.event.as_raw_fd()) {
                 tracing::debug!(%error, "the kernel's call was not watched");
             }
         }
@@ -153,21 +172,27 @@ impl Vhost {
 
     /// Forgets the calls for ring `index` up to now; false when there were none.
     pub(super) fn acknowledge(&self, index: usize) -> bool {
-        self.calls.get(index).is_some_and(|call| call.read().is_ok())
+        self.calls.get(index).is_some_and(|call| call.relayed && call.event.read().is_ok())
     }
 }
 
-fn regions(memory: &GuestMemory) -> Vec<VhostUserMemoryRegionInfo> {
-    memory
-        .iter()
-        .map(|region| VhostUserMemoryRegionInfo {
+/// Guest memory for the kernel. Of memory that comes and goes the kernel would write to what the guest does not have.
+fn regions(memory: &GuestMemory) -> io::Result<Vec<VhostUserMemoryRegionInfo>> {
+    let region = |region: &Region| {
+        if region.blocks().is_some() {
+            return Err(io::Error::other(
+                "vhost does not go with memory that can be plugged: use vhost=off, or no such memory",
+            ));
+        }
+        Ok(VhostUserMemoryRegionInfo {
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: region.len(),
-            userspace_addr: region.as_ptr() as u64,
+            userspace_addr: region.mapping().as_ptr() as u64,
             mmap_offset: 0,
             mmap_handle: -1,
         })
-        .collect()
+    };
+    memory.iter().map(region).collect()
 }
 
 fn into_io(error: vhost::Error) -> io::Error {

@@ -3,6 +3,8 @@
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use vmm_sys_util::eventfd::EventFd;
+
 use crate::irq::router::IrqRouter;
 use crate::pci::msix::Msix;
 use crate::virtio::device::Interrupt;
@@ -44,10 +46,19 @@ impl Lines {
 
     /// Forgets what the driver set up. The MSI-X table is PCI's and stays.
     pub(super) fn reset(&self) {
+        self.msix.remove_events();
         self.config_vector.store(NO_VECTOR, Ordering::Release);
         self.queue_vectors.iter().for_each(|vector| vector.store(NO_VECTOR, Ordering::Release));
         self.status.store(0, Ordering::Release);
         self.broken.store(false, Ordering::Release);
+    }
+
+    /// The driver chose `vector` for queue `index`.
+    pub(super) fn set_queue_vector(&self, index: u16, vector: u16) {
+        if let Some(slot) = self.queue_vectors.get(usize::from(index)) {
+            slot.store(vector, Ordering::Release);
+            self.msix.move_event(index, vector);
+        }
     }
 
     /// Reads and clears the interrupt status.
@@ -107,7 +118,22 @@ impl Interrupt for Lines {
         }
     }
 
+    fn queue_event(&self, index: u16) -> Option<EventFd> {
+        let vector = self.queue_vectors.get(usize::from(index))?.load(Ordering::Acquire);
+        if !self.msix.enabled() {
+            return None;
+        }
+        self.msix
+            .add_event(index, vector)
+            .inspect_err(|error| tracing::debug!(%error, "the host kernel does not interrupt the guest by itself"))
+            .ok()
+    }
+
     fn signal_config(&self) {
         self.signal(self.config_vector.load(Ordering::Acquire), STATUS_CONFIG);
+    }
+
+    fn set_config(&self, config: Vec<u8>) {
+        Self::set_config(self, config);
     }
 }

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use proptest::prelude::*;
 use vmm_sys_util::epoll::EventSet;
 
-use super::layout::{COMMON, DEVICE, DOORBELLS, LENGTH};
+use super::layout::{COMMON, DEVICE, DOORBELLS, LENGTH, MSIX_PENDING, MSIX_TABLE};
 use super::registers::{VERSION_1, status};
 use super::*;
 use crate::control::{DeviceRequest, Mailbox, Request, channel};
@@ -325,6 +325,57 @@ fn without_msix_the_status_register_tells_what_happened() {
     driver.transport.lines().signal_config();
     assert_eq!(driver.read(0x100), [3]);
     assert_eq!(driver.read(0x100), [0], "reading clears it");
+}
+
+/// Switches MSI-X on, with a message for vector `vector` that is masked or not.
+fn set_up_vector(driver: &Driver, vector: u64, masked: bool) {
+    let entry = [0xFEE0_0000_u32, 0, 0x30, u32::from(masked)];
+    for (word, at) in entry.iter().zip((0..).step_by(4)) {
+        driver.write(MSIX_TABLE.start + 16 * vector + at, &word.to_le_bytes());
+    }
+    driver.transport.write_config(driver.transport.capabilities.msix, &[0, 0x80]);
+}
+
+#[test]
+fn an_event_of_the_host_kernel_is_pending_while_its_vector_is_masked_and_only_then() {
+    let Some(driver) = driver() else { return };
+    let lines = driver.transport.lines();
+    assert!(lines.queue_event(0).is_none(), "without MSI-X there is no such event");
+    set_up_vector(&driver, 1, true);
+    driver.write(register::SELECT, &[0, 0]);
+    driver.write(register::VECTOR, &[1, 0]);
+    let event = lines.queue_event(0).unwrap();
+    let pending = || driver.read::<1>(MSIX_PENDING.start)[0];
+    assert_eq!(pending(), 0);
+    event.write(1).unwrap();
+    assert_eq!(pending(), 2);
+    set_up_vector(&driver, 1, false);
+    assert_eq!(pending(), 0, "KVM has it now");
+    event.write(1).unwrap();
+    set_up_vector(&driver, 1, true);
+    // What KVM was told while it listened is delivered, and not pending.
+    let _ = event.read();
+    event.write(1).unwrap();
+    assert_eq!(pending(), 2);
+}
+
+#[test]
+fn an_event_of_the_host_kernel_follows_the_vector_of_its_queue_until_the_reset() {
+    let Some(driver) = driver() else { return };
+    let lines = driver.transport.lines();
+    set_up_vector(&driver, 1, true);
+    set_up_vector(&driver, 2, true);
+    driver.write(register::SELECT, &[1, 0]);
+    driver.write(register::VECTOR, &[1, 0]);
+    let event = lines.queue_event(1).unwrap();
+    driver.write(register::VECTOR, &[2, 0]);
+    event.write(1).unwrap();
+    assert_eq!(driver.read(MSIX_PENDING.start), [4]);
+    driver.write(register::VECTOR, &[0xff, 0xff]);
+    assert_eq!(driver.read(MSIX_PENDING.start), [0]);
+    driver.write(register::VECTOR, &[2, 0]);
+    driver.set_status(0);
+    assert_eq!(driver.read(MSIX_PENDING.start), [0]);
 }
 
 #[test]

@@ -35,7 +35,7 @@ pub(crate) struct Transport {
     device: DeviceNumber,
     offered: u64,
     queue_sizes: Vec<u16>,
-    capabilities: Capabilities,
+    pub(super) capabilities: Capabilities,
     lines: Arc<Lines>,
     state: Mutex<State>,
 }
@@ -135,9 +135,7 @@ impl Transport {
                 self.lines.config_vector.store(self.known_vector(vector), Ordering::Release);
             }
             Effect::QueueVector(vector) => {
-                if let Some(slot) = self.lines.queue_vectors.get(usize::from(state.registers.queue_select)) {
-                    slot.store(self.known_vector(vector), Ordering::Release);
-                }
+                self.lines.set_queue_vector(state.registers.queue_select, self.known_vector(vector));
             }
         }
     }
