@@ -31,6 +31,6 @@ pub use config::{
 };
 pub use kvm::KvmError;
 pub use machine::{StartError, start};
-#[cfg(feature = "testing")]
+#[cfg(any(test, feature = "testing"))]
 pub use vfio::scene as host_device_scene;
 pub use vm::{ExitReason, Vm};
