@@ -101,8 +101,7 @@ impl DmaListener for Dma {
 
     fn unplugged(&self, range: Range) {
         if let Err(error) = self.unmap(range) {
-            // The kernel refuses only what was never mapped.
-            tracing::error!(%error, ?range, "memory was not taken from devices");
+            tracing::error!(%error, ?range, "devices still reach memory that the guest let go");
         }
     }
 }

@@ -284,8 +284,8 @@ mod tests {
     fn every_option_reaches_the_machine() {
         let options = "--initrd initrd --cpus 2 --memory 1G --memory-max 4G --balloon --pmem a,ro --pmem b \
             --disk c --net tap=tap0 --net vhost=off,queues=4,mtu=9000,mac=02:00:00:00:00:07,tap=tap1 \
-            --fs tag=/dir=1 --vsock sock --vsock-cid 7 --console - \
-            --vfio 0000:01:00.0,p2p,clique=3 --vfio /dev/vfio/7 --debug-uart log --boot-timer --control control --max-cpus 4";
+            --fs tag=/dir=1 --vsock sock --vsock-cid 7 --vfio 0000:01:00.0,p2p,clique=3 --vfio /dev/vfio/7 --console - \
+            --debug-uart log --boot-timer --control control --max-cpus 4";
         let mut options: Vec<_> = options.split_whitespace().collect();
         options.extend(["--cmdline", "-x one=1"]);
         let machine = config(&options);
