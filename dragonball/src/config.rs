@@ -34,6 +34,11 @@ pub struct MachineConfig {
     pub vcpus: u8,
     /// Guest memory in bytes: a multiple of [`MEMORY_GRANULE`], at least [`MEMORY_MIN`], at most what the host has.
     pub memory: u64,
+    /// The most memory that the guest can have while it runs, in bytes: `memory`, and what can be plugged beside it. A
+    /// multiple of [`MEMORY_GRANULE`]. Without one, and where it equals `memory`, no memory can be plugged.
+    pub memory_max: Option<u64>,
+    /// Whether the machine has a balloon, through which the guest gives memory back that it does not use.
+    pub balloon: bool,
     /// Persistent memory devices, `/dev/pmem0` and on.
     pub pmem: Vec<PmemConfig>,
     /// Block devices, `/dev/vda` and on.
@@ -69,6 +74,8 @@ impl MachineConfig {
             cmdline: String::new(),
             vcpus: 1,
             memory: 128 << 20,
+            memory_max: None,
+            balloon: false,
             pmem: Vec::new(),
             disks: Vec::new(),
             net: Vec::new(),
@@ -195,6 +202,16 @@ pub enum ConfigError {
     /// Guest memory that is no multiple of the granule.
     #[error("Guest memory of {0} bytes is not a multiple of 2 MiB: round it up to {next} bytes", next = .0.next_multiple_of(MEMORY_GRANULE))]
     MemoryGranule(u64),
+    /// A maximum of guest memory below what the machine starts with.
+    #[error(
+        "The most guest memory, {max} bytes, is less than the {memory} bytes that the guest starts with: give at least those"
+    )]
+    MemoryMax {
+        /// The maximum that was asked for, in bytes.
+        max: u64,
+        /// The memory that was asked for, in bytes.
+        memory: u64,
+    },
     /// No vCPU, or too many.
     #[error("{given} vCPUs are out of range: give 1 to {max}")]
     Vcpus {
@@ -313,10 +330,17 @@ impl MachineConfig {
         if self.memory < MEMORY_MIN || self.memory > max {
             return Err(ConfigError::MemoryRange { given: self.memory, min: MEMORY_MIN, max, limit });
         }
-        if !self.memory.is_multiple_of(MEMORY_GRANULE) {
-            return Err(ConfigError::MemoryGranule(self.memory));
+        let memory_max = self.memory_max();
+        if memory_max < self.memory {
+            return Err(ConfigError::MemoryMax { max: memory_max, memory: self.memory });
         }
-        Ok(())
+        if memory_max > max {
+            return Err(ConfigError::MemoryRange { given: memory_max, min: MEMORY_MIN, max, limit });
+        }
+        match [self.memory, memory_max].into_iter().find(|size| !size.is_multiple_of(MEMORY_GRANULE)) {
+            Some(size) => Err(ConfigError::MemoryGranule(size)),
+            None => Ok(()),
+        }
     }
 
     fn validate_vcpus(&self, host_max: u8) -> Result<(), ConfigError> {
@@ -376,6 +400,11 @@ impl MachineConfig {
         self.devices().try_for_each(|device| device.validate())
     }
 
+    /// The most memory that the guest can have, in bytes.
+    pub(crate) fn memory_max(&self) -> u64 {
+        self.memory_max.unwrap_or(self.memory)
+    }
+
     /// The devices that could as well have come later, in the order in which the guest finds them.
     pub(crate) fn devices(&self) -> impl Iterator<Item = DeviceConfig> {
         let pmem = self.pmem.iter().cloned().map(DeviceConfig::Pmem);
@@ -389,7 +418,8 @@ impl MachineConfig {
     /// none has no PCI bus either, whose probing would take the guest longer than all the rest of the machine.
     pub(crate) fn device_count(&self) -> usize {
         let console = usize::from(self.console != ConsoleOutput::None);
-        let asked_for = self.devices().count() + usize::from(self.vsock.is_some()) + console;
+        let memory = usize::from(self.memory_max() > self.memory) + usize::from(self.balloon);
+        let asked_for = self.devices().count() + usize::from(self.vsock.is_some()) + console + memory;
         if asked_for > 0 || self.hot_plug { asked_for + 1 } else { 0 }
     }
 
@@ -461,6 +491,16 @@ mod tests {
         }
         let text = refusal(|config, _| config.memory = (128 << 20) + 1);
         assert!(text.contains("round it up to 136314880"), "{text}");
+    }
+
+    #[test]
+    fn memory_that_can_never_be_plugged_is_refused() {
+        let text = refusal(|config, _| config.memory_max = Some(64 << 20));
+        assert!(text.contains("67108864 bytes, is less than the 134217728 bytes"), "{text}");
+        let text = refusal(|config, _| config.memory_max = Some((256 << 20) + 1));
+        assert!(text.contains("round it up to 270532608"), "{text}");
+        let text = refusal(|config, _| config.memory_max = Some(u64::MAX));
+        assert!(text.contains("out of range"), "{text}");
     }
 
     #[test]

@@ -17,7 +17,9 @@ use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bin
 use nix::sys::stat::{Mode, fchmod};
 
 use crate::config::DeviceConfig;
-use crate::manage::{ChangeError, DEFAULT_DEADLINE, DeviceInfo, MachineInfo, Manager, VcpuCount};
+use crate::manage::{
+    BalloonSize, ChangeError, DEFAULT_DEADLINE, DeviceInfo, MachineInfo, Manager, MemorySize, VcpuCount,
+};
 use crate::threads;
 
 /// The longest request in bytes.
@@ -58,6 +60,22 @@ pub enum ControlRequest {
         #[serde(default = "default_deadline_ms")]
         deadline_ms: u32,
     },
+    /// Have this much memory.
+    ResizeMemory {
+        /// How much, in bytes.
+        bytes: u64,
+        /// How long the guest gets, in milliseconds.
+        #[serde(default = "default_deadline_ms")]
+        deadline_ms: u32,
+    },
+    /// Give this much memory back by the balloon.
+    Balloon {
+        /// How much, in bytes.
+        bytes: u64,
+        /// How long the guest gets, in milliseconds.
+        #[serde(default = "default_deadline_ms")]
+        deadline_ms: u32,
+    },
     /// Press the power button.
     PowerButton {},
     /// Let the vCPUs stand still.
@@ -86,6 +104,10 @@ pub enum ControlAnswer {
     Device(DeviceInfo),
     /// How many vCPUs there are.
     Vcpus(VcpuCount),
+    /// How much memory there is.
+    Memory(MemorySize),
+    /// How the balloon is.
+    Balloon(BalloonSize),
     /// What the machine consists of.
     Machine(MachineInfo),
 }
@@ -200,6 +222,12 @@ fn carry_out(request: ControlRequest, manager: &Manager) -> Result<ControlAnswer
         }
         ControlRequest::ResizeVcpus { count, deadline_ms } => {
             manager.resize_vcpus(count, milliseconds(deadline_ms)).map(ControlAnswer::Vcpus)
+        }
+        ControlRequest::ResizeMemory { bytes, deadline_ms } => {
+            manager.resize_memory(bytes, milliseconds(deadline_ms)).map(ControlAnswer::Memory)
+        }
+        ControlRequest::Balloon { bytes, deadline_ms } => {
+            manager.set_balloon(bytes, milliseconds(deadline_ms)).map(ControlAnswer::Balloon)
         }
         ControlRequest::PowerButton {} => done(manager.press_power_button()),
         ControlRequest::Pause {} => done(manager.pause()),

@@ -5,12 +5,13 @@
 //! was. A device is removed when the guest has let it go; a guest that does not is told no longer to, and the device
 //! stays usable.
 
-use std::sync::mpsc;
-use std::time::Duration;
+use std::sync::{Arc, mpsc};
+use std::time::{Duration, Instant};
 
 use crate::config::{ConfigError, DeviceConfig};
 use crate::control::{Control, Request};
 use crate::machine::PreparedDevice;
+use crate::vm::Shared;
 
 /// How long a guest gets to take a device or to let one go, where nothing else is asked for.
 pub const DEFAULT_DEADLINE: Duration = Duration::from_secs(10);
@@ -74,6 +75,30 @@ pub enum ChangeError {
         /// The most of this machine.
         max: u8,
     },
+    /// Less memory than the machine was started with, or more than it may have.
+    #[error(
+        "{given} bytes of memory are out of range: give {min} to {max} bytes (the machine was started with these limits)"
+    )]
+    Memory {
+        /// What was asked for, in bytes.
+        given: u64,
+        /// What the machine was started with, in bytes.
+        min: u64,
+        /// The most of this machine, in bytes.
+        max: u64,
+    },
+    /// The machine has no balloon.
+    #[error("The machine has no balloon: start it with one")]
+    NoBalloon,
+    /// The host refused something.
+    #[error("The host refused to {action}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// The operating system's answer.
+        #[source]
+        source: std::io::Error,
+    },
     /// The machine has ended, or ended before the change was done.
     #[error("The machine has ended")]
     Ended,
@@ -88,6 +113,32 @@ pub struct VcpuCount {
     pub present: u8,
     /// The most that it can have.
     pub max: u8,
+}
+
+/// How much memory a machine has after a change, in bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
+pub struct MemorySize {
+    /// What it was started with.
+    pub boot: u64,
+    /// What was asked for.
+    pub asked: u64,
+    /// What the guest has.
+    pub present: u64,
+    /// The most that it can have.
+    pub max: u64,
+}
+
+/// How the balloon is, in bytes.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
+pub struct BalloonSize {
+    /// What the guest shall give back.
+    pub target: u64,
+    /// What it says that it has given back.
+    pub actual: u64,
+    /// What went back to the host in the machine's life, free pages that the guest reported included.
+    pub discarded: u64,
+    /// Memory that the guest had free and available when it last told.
+    pub available: Option<u64>,
 }
 
 /// Whether the guest has a device.
@@ -137,8 +188,10 @@ pub struct DeviceInfo {
 pub struct MachineInfo {
     /// Its vCPUs; `asked` is the last target.
     pub vcpus: VcpuCount,
-    /// RAM in bytes that the machine was started with.
-    pub memory: u64,
+    /// Its memory.
+    pub memory: MemorySize,
+    /// Its balloon, if it has one.
+    pub balloon: Option<BalloonSize>,
     /// Whether devices and vCPUs can come and go.
     pub hot_plug: bool,
     /// The guest-physical map: RAM, windows, registers.
@@ -220,11 +273,12 @@ pub(crate) enum Change {
 #[derive(Clone)]
 pub struct Manager {
     control: Control,
+    shared: Arc<Shared>,
 }
 
 impl Manager {
-    pub(crate) fn new(control: Control) -> Self {
-        Self { control }
+    pub(crate) fn new(control: Control, shared: Arc<Shared>) -> Self {
+        Self { control, shared }
     }
 
     fn change(&self, change: Change) {
@@ -270,6 +324,42 @@ impl Manager {
     /// [`ChangeError::Vcpus`], [`ChangeError::NotPluggable`], [`ChangeError::Busy`] and [`ChangeError::Ended`].
     pub fn resize_vcpus(&self, count: u8, deadline: Duration) -> Result<VcpuCount, ChangeError> {
         self.wait(|reply| Change::Vcpus { count, deadline, reply })
+    }
+
+    /// Gives the guest memory or takes some until it has `bytes`, and says how much it has: less or more than asked for
+    /// when it did not follow within the deadline, or could not give back what it uses.
+    ///
+    /// # Errors
+    /// [`ChangeError::Memory`], [`ChangeError::Host`] and [`ChangeError::Ended`].
+    pub fn resize_memory(&self, bytes: u64, deadline: Duration) -> Result<MemorySize, ChangeError> {
+        let size = self.shared.memory_size();
+        if bytes < size.boot || bytes > size.max {
+            return Err(ChangeError::Memory { given: bytes, min: size.boot, max: size.max });
+        }
+        if let Some(memory) = self.shared.memory() {
+            let refused = |source| ChangeError::Host { action: "tell the guest of its memory", source };
+            let wanted = memory.set_requested(bytes - size.boot).map_err(refused)?;
+            let _as_told_below = memory.wait(Instant::now() + deadline, |state| state.plugged == wanted);
+        }
+        self.unless_ended(self.shared.memory_size())
+    }
+
+    /// Asks the guest to give `bytes` of its memory back by its balloon, and says how much it gave: less than asked for
+    /// when it did not follow within the deadline, or has nothing to spare.
+    ///
+    /// # Errors
+    /// [`ChangeError::NoBalloon`], [`ChangeError::Host`] and [`ChangeError::Ended`].
+    pub fn set_balloon(&self, bytes: u64, deadline: Duration) -> Result<BalloonSize, ChangeError> {
+        let balloon = self.shared.balloon().ok_or(ChangeError::NoBalloon)?;
+        let refused = |source| ChangeError::Host { action: "tell the guest of its balloon", source };
+        let target = balloon.set_target(bytes).map_err(refused)?;
+        let _as_told_below = balloon.wait(Instant::now() + deadline, |state| state.actual == target);
+        let size = self.shared.balloon_size().ok_or(ChangeError::NoBalloon)?;
+        self.unless_ended(size)
+    }
+
+    fn unless_ended<T>(&self, answer: T) -> Result<T, ChangeError> {
+        if self.shared.has_ended() { Err(ChangeError::Ended) } else { Ok(answer) }
     }
 
     /// Presses the machine's power button; what that does is the guest's choice.

@@ -16,7 +16,8 @@ use crate::control;
 use crate::irq::ioapic::IoApic;
 use crate::irq::router::IrqRouter;
 use crate::kvm::refused;
-use crate::memory::layout::HighMemory;
+use crate::memory::layout::{self, HighMemory};
+use crate::memory::listener::DmaListeners;
 use crate::memory::{AddressSpace, GuestRam};
 use crate::platform::hotplug::HotPlugRegisters;
 use crate::vcpu;
@@ -34,7 +35,9 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
     let kvm = kvm::open()?;
     let vm = kvm::create_vm(&kvm)?;
     shared.stamp("vm created");
-    let ram = GuestRam::new(config.memory).map_err(host_refused("map guest memory"))?;
+    shared.set_boot_memory(config.memory);
+    let pluggable = layout::pluggable(config.memory, config.memory_max());
+    let ram = GuestRam::with_pluggable(config.memory, pluggable).map_err(host_refused("map guest memory"))?;
     let address_space = AddressSpace::new(Arc::clone(&vm));
     address_space.add_ram(&ram).map_err(refused("add guest memory"))?;
     let entry = boot::load(config, &ram, acpi::RSDP)?;
@@ -45,8 +48,8 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
     let ioapic = Arc::new(IoApic::new(Arc::clone(&router) as _));
     let uart = debug_uart(config, &ioapic, &shared)?;
     let hardware = Hardware { vm: Arc::clone(&vm), router, memory: Arc::clone(ram.memory()), control: control.clone() };
-    let high = HighMemory::above(config.memory, host::address_bits());
-    let mut devices = Devices::new(hardware, high, address_space);
+    let high = HighMemory::above(config.memory, pluggable, host::address_bits());
+    let mut devices = Devices::new(hardware, high, address_space, DmaListeners::new(Arc::clone(ram.memory())));
     let workers = devices.add_all(config, &shared)?;
     let registers = config.hot_plug.then(|| Arc::new(HotPlugRegisters::new(Arc::clone(&ioapic), config.vcpus)));
     acpi::write(&ram, &tables(config, &devices)).map_err(host_refused("write the ACPI tables"))?;
@@ -63,7 +66,7 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
     let context = vcpu::Context { bus: Arc::new(bus), control: control.clone() };
     let vcpus = Vcpus::new((config.vcpus, config.vcpus_max()), &kvm, &vm, entry, context)?;
     let input = uart.filter(|_| config.debug_uart == ConsoleOutput::Stdio).map(Input::new);
-    let hot_plug = HotPlug::new(config, devices, vcpus, registers);
+    let hot_plug = HotPlug::new(config, devices, vcpus, registers, Arc::clone(&shared));
     let machine = Machine { shared: Arc::clone(&shared), mailbox, workers, hot_plug, input, memory: ram };
     let thread = threads::spawn("vmm", move || event_loop::run(machine)).map_err(host_refused("start a thread"))?;
     Ok(Vm::new(shared, control, thread))

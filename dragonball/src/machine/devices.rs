@@ -16,13 +16,16 @@ use crate::control::DeviceNumber;
 use crate::irq::ioapic::IoApic;
 use crate::manage::{ChangeError, DeviceInfo, Presence, RangeInfo};
 use crate::memory::layout::{HighMemory, PCI_32, Range};
-use crate::memory::{AddressSpace, SlotAccess, SlotId};
+use crate::memory::listener::DmaListeners;
+use crate::memory::{AddressSpace, PluggableMemory, SlotAccess, SlotId};
 use crate::pci::bus::{PciBus, SLOTS};
 use crate::platform::uart::Uart;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::Fs;
+use crate::virtio::mem::Mem;
 use crate::virtio::net::Net;
 use crate::virtio::pci::{Hardware, Lines, REGION_LENGTH, Transport};
 use crate::virtio::pmem::{Pmem, PmemMode};
@@ -100,6 +103,7 @@ pub(super) struct Devices {
     bus: Arc<PciBus>,
     high: HighMemory,
     address_space: AddressSpace,
+    listeners: DmaListeners,
     /// By slot.
     attached: BTreeMap<u8, Attached>,
     next_number: DeviceNumber,
@@ -126,12 +130,18 @@ struct PmemPlace {
 }
 
 impl Devices {
-    pub(super) fn new(hardware: Hardware, high: HighMemory, address_space: AddressSpace) -> Self {
+    pub(super) fn new(
+        hardware: Hardware,
+        high: HighMemory,
+        address_space: AddressSpace,
+        listeners: DmaListeners,
+    ) -> Self {
         Self {
             hardware,
             bus: Arc::new(PciBus::default()),
             high,
             address_space,
+            listeners,
             attached: BTreeMap::new(),
             next_number: 0,
             window_64: None,
@@ -158,6 +168,7 @@ impl Devices {
         if !config.has_pci() {
             return Ok(workers);
         }
+        let memory_devices = self.memory_devices(config, shared)?;
         let mut add = |device: PreparedDevice, fixed: bool| -> Result<(), StartError> {
             let kind = device.kind;
             let slot = self.bus.free_slot().ok_or_else(|| unmade(kind)("the PCI bus has no slot left"))?;
@@ -166,6 +177,9 @@ impl Devices {
             Ok(())
         };
         add(PreparedDevice::other("rng", Rng::new()), true)?;
+        for device in memory_devices {
+            add(device, true)?;
+        }
         for device in config.devices() {
             add(PreparedDevice::open(&device)?, false)?;
         }
@@ -179,7 +193,7 @@ impl Devices {
             shared.add_console(console.tail());
             add(PreparedDevice::other("console", console), true)?;
         }
-        self.window_64 = self.high.fix_pci_window();
+        self.window_64 = self.high.pci_window();
         Ok(workers)
     }
 
@@ -235,6 +249,23 @@ impl Devices {
         Ok((number, DeviceWorker::new(kind, device, lines)))
     }
 
+    /// Makes the devices by which the guest gets memory beside its boot memory and gives memory back.
+    fn memory_devices(&self, config: &MachineConfig, shared: &Shared) -> Result<Vec<PreparedDevice>, StartError> {
+        let mut devices = Vec::new();
+        let space = Some(self.address_space.clone());
+        if let Some(memory) = PluggableMemory::new(&self.hardware.memory, space, self.listeners.clone()) {
+            let mem = Mem::new(memory, config.memory_max() - config.memory).map_err(unmade("mem"))?;
+            shared.set_memory(mem.control());
+            devices.push(PreparedDevice::other("mem", mem));
+        }
+        if config.balloon {
+            let balloon = Balloon::new(self.listeners.clone(), config.memory_max()).map_err(unmade("balloon"))?;
+            shared.set_balloon(balloon.control());
+            devices.push(PreparedDevice::other("balloon", balloon));
+        }
+        Ok(devices)
+    }
+
     fn place_pmem(&mut self, mut pmem: Pmem, read_only: bool) -> Result<(Box<dyn VirtioDevice>, PmemPlace), Unmade> {
         let mapping = pmem.mapping();
         let no_room = || unmade("pmem")("the guest's address space has no room left");
@@ -259,7 +290,9 @@ impl Devices {
     /// Takes memory from the guest; false when KVM does not.
     fn hide(&mut self, PmemPlace { range, slot }: PmemPlace) -> bool {
         match self.address_space.remove(slot) {
-            Ok(()) => self.high.free_pmem(range),
+            Ok(()) => {
+                self.high.free_pmem(range);
+            }
             Err(error) => {
                 tracing::error!(%error, ?range, "KVM does not take persistent memory from the guest; it stays mapped");
                 return false;

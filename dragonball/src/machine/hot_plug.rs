@@ -13,8 +13,9 @@ use super::vcpus::Vcpus;
 use crate::config::MachineConfig;
 use crate::control::{DeviceNumber, VcpuEvent};
 use crate::manage::{Change, ChangeError, DeviceInfo, MachineInfo, Presence, Reply, VcpuCount};
-use crate::memory::layout::{self, MemoryKind};
+use crate::memory::layout::{self, MemoryKind, Range};
 use crate::platform::hotplug::{CpuEvent, HotPlugRegisters, Told};
+use crate::vm::Shared;
 
 /// The part of a machine that changes while it runs.
 pub(crate) struct HotPlug {
@@ -22,8 +23,9 @@ pub(crate) struct HotPlug {
     devices: Devices,
     /// Missing where the machine was started without hot-plug.
     registers: Option<Arc<HotPlugRegisters>>,
-    /// Bytes of RAM that the machine was started with.
-    memory: u64,
+    shared: Arc<Shared>,
+    /// Where memory may come.
+    pluggable: Option<Range>,
     /// What is under way, by slot.
     moves: BTreeMap<u8, Move>,
     resize: Option<Resize>,
@@ -64,9 +66,21 @@ impl HotPlug {
         devices: Devices,
         vcpus: Vcpus,
         registers: Option<Arc<HotPlugRegisters>>,
+        shared: Arc<Shared>,
     ) -> Self {
-        let (memory, vcpus_asked) = (config.memory, config.vcpus);
-        Self { vcpus, devices, registers, memory, moves: BTreeMap::new(), resize: None, vcpus_asked, pause: None }
+        let pluggable = layout::pluggable(config.memory, config.memory_max());
+        let vcpus_asked = config.vcpus;
+        Self {
+            vcpus,
+            devices,
+            registers,
+            shared,
+            pluggable,
+            moves: BTreeMap::new(),
+            resize: None,
+            vcpus_asked,
+            pause: None,
+        }
     }
 
     /// Begins a change.
@@ -337,18 +351,21 @@ impl HotPlug {
     }
 
     fn info(&self) -> MachineInfo {
-        let ram = layout::memory_map(self.memory)
+        let memory = self.shared.memory_size();
+        let ram = layout::memory_map(memory.boot)
             .into_iter()
             .map(|(range, kind)| range_info(range, if kind == MemoryKind::Ram { "RAM" } else { "reserved" }));
         let registers = self.registers.as_ref().map(|_| range_info(layout::HOT_PLUG, "hot-plug registers"));
         let mut map: Vec<_> = ram.chain(registers).collect();
+        map.extend(self.pluggable.map(|range| range_info(range, "room for more RAM")));
         map.push(range_info(layout::PCI_32, "32-bit PCI window"));
         map.push(range_info(layout::IOAPIC, "IOAPIC"));
         map.extend(self.devices.window_64().map(|range| range_info(range, "64-bit PCI window")));
         map.sort_by_key(|range| range.start);
         MachineInfo {
             vcpus: self.vcpu_count(),
-            memory: self.memory,
+            memory,
+            balloon: self.shared.balloon_size(),
             hot_plug: self.registers.is_some(),
             map,
             devices: self.devices.info(),

@@ -47,16 +47,16 @@ impl AddressSpace {
         Self { inner: Arc::new(Inner { vm, limit, slots: Mutex::default() }) }
     }
 
-    /// Shows all of `ram` to the guest, for the machine's life.
+    /// Shows all of `ram` that is always there to the guest, for the machine's life.
     ///
     /// # Errors
     /// When KVM refuses.
     pub(crate) fn add_ram(&self, ram: &GuestRam) -> io::Result<()> {
-        for region in ram.memory().iter() {
+        for region in ram.memory().iter().filter(|region| region.blocks().is_none()) {
             let range = Range { start: region.start_addr().0, length: region.len() };
             // SAFETY: the region is mapped as long as the guest memory, which outlives the vCPUs: the `vmm` thread
             // holds it until it has joined them.
-            let _for_good = unsafe { self.add(range, region.as_ptr() as u64, SlotAccess::ReadWrite)? };
+            let _for_good = unsafe { self.add(range, region.mapping().as_ptr() as u64, SlotAccess::ReadWrite)? };
         }
         Ok(())
     }
@@ -99,17 +99,27 @@ impl AddressSpace {
     ///
     /// # Errors
     /// When KVM refuses; the mapping must then stay in place for the machine's life.
-    #[allow(dead_code, reason = "what is plugged while the machine runs is what is removed")]
     pub(crate) fn remove(&self, slot: SlotId) -> io::Result<()> {
-        let SlotId(slot) = slot;
+        self.try_remove(slot).map_err(|(_, error)| error)
+    }
+
+    /// As [`Self::remove`], for a caller that can go on with the slot when KVM keeps it.
+    ///
+    /// # Errors
+    /// When KVM refuses; the slot is still in use.
+    pub(crate) fn try_remove(&self, slot: SlotId) -> Result<(), (SlotId, io::Error)> {
         let mut slots = self.slots();
-        let range = slots.get(&slot).copied().ok_or(io::ErrorKind::NotFound)?;
+        let Some(range) = slots.get(&slot.0).copied() else { return Err((slot, io::ErrorKind::NotFound.into())) };
         // Size 0 deletes a slot (KVM_SET_USER_MEMORY_REGION in the kernel's virt/kvm/api.rst).
-        let region = kvm_userspace_memory_region { slot, guest_phys_addr: range.start, ..Default::default() };
+        let region = kvm_userspace_memory_region { slot: slot.0, guest_phys_addr: range.start, ..Default::default() };
         // SAFETY: a slot that is deleted refers to no memory of this process.
-        unsafe { self.inner.vm.set_user_memory_region(region)? };
-        slots.remove(&slot);
-        Ok(())
+        match unsafe { self.inner.vm.set_user_memory_region(region) } {
+            Ok(()) => {
+                slots.remove(&slot.0);
+                Ok(())
+            }
+            Err(error) => Err((slot, error.into())),
+        }
     }
 
     /// The ranges that the guest sees as memory now.

@@ -5,15 +5,23 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
+use self::layout::Range;
 use crate::virtio::device::GuestMemory;
 
 mod address_space;
+mod blocks;
 pub(crate) mod layout;
+pub(crate) mod listener;
 pub(crate) mod mapping;
+pub(crate) mod plug;
+mod region;
 
 pub(crate) use address_space::{AddressSpace, SlotAccess, SlotId};
+pub(crate) use plug::PluggableMemory;
+pub(crate) use region::range_of;
+pub use region::{GuestRegions, Region};
 
 /// Guest RAM before the machine runs.
 #[derive(Clone, Debug)]
@@ -26,14 +34,26 @@ impl GuestRam {
     ///
     /// # Errors
     /// When the host has no room for the mapping.
+    #[cfg(test)]
     pub(crate) fn new(size: u64) -> io::Result<Self> {
+        Self::with_pluggable(size, None)
+    }
+
+    /// As [`Self::new`]; beside it, memory can be plugged at `pluggable` later (see [`PluggableMemory`]).
+    ///
+    /// # Errors
+    /// When the host has no room for the mappings.
+    pub(crate) fn with_pluggable(size: u64, pluggable: Option<Range>) -> io::Result<Self> {
         let mut regions = Vec::new();
         for range in layout::ram(size) {
             let length = usize::try_from(range.length).map_err(io::Error::other)?;
-            let region = GuestRegionMmap::new(mapping::anonymous(length)?, GuestAddress(range.start));
+            let region = Region::fixed(mapping::anonymous(length)?, GuestAddress(range.start));
             regions.push(region.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?);
         }
-        let memory = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
+        if let Some(range) = pluggable {
+            regions.push(plug::region(range)?);
+        }
+        let memory = GuestRegions::from_regions(regions).map_err(io::Error::other)?;
         Ok(Self { memory: Arc::new(memory) })
     }
 
@@ -68,7 +88,7 @@ impl GuestRam {
             // The last page is read, not mapped: behind the piece, the file may go on with something else.
             let whole = length - length % mapping::PAGE;
             if whole > 0 {
-                mapping::overlay(&region.get_mmap(), offset, file, file_offset, whole)?;
+                mapping::overlay(&region.mapping().get_mmap(), offset, file, file_offset, whole)?;
             }
             return self.read_from(file, file_offset + whole, length - whole, address + whole);
         }

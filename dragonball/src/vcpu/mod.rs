@@ -152,7 +152,10 @@ fn run_until_end(id: u8, fd: &mut VcpuFd, orders: &Orders, context: &Context) ->
                 fd.set_kvm_immediate_exit(0);
             }
             Err(error) if error.errno() == libc::EFAULT => {
-                return Some(failed(fd, "guest memory is gone: was the kernel, initrd or an image truncated?"));
+                return Some(failed(
+                    fd,
+                    "guest memory is gone: did the guest touch memory that it has given back, or was a mapped file truncated?",
+                ));
             }
             Err(error) => return Some(failed(fd, &format!("KVM_RUN: {}", io::Error::from(error)))),
         }
@@ -192,7 +195,8 @@ fn handle(exit: VcpuExit<'_>, bus: &Bus) -> Option<ExitReason> {
         }
         VcpuExit::MemoryFault { gpa, size, .. } => {
             return Some(ExitReason::Failed(format!(
-                "guest memory at {gpa:#x} ({size} bytes) is gone: was a mapped file truncated?"
+                "guest memory at {gpa:#x} ({size} bytes) is gone: did the guest touch memory that it has given back, or \
+                 was a mapped file truncated?"
             )));
         }
         // Told apart by the caller, which can read the registers.

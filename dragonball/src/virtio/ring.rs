@@ -7,12 +7,12 @@ use std::sync::atomic::{Ordering, fence};
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::Request;
-use super::device::{Activation, ActiveQueue, DeviceError, EventRegistry, GuestMemory, Interrupt};
+use super::device::{Activation, ActiveQueue, DeviceError, EventRegistry, GuestMemory, GuestRegions, Interrupt};
 
 /// Feature bits of the ring layout that every device here handles.
 pub(crate) const RING_FEATURES: u64 = (1 << VIRTIO_RING_F_EVENT_IDX) | (1 << VIRTIO_RING_F_INDIRECT_DESC);
@@ -110,7 +110,7 @@ impl Ring {
         self.kick.write(1).map_err(|source| DeviceError::Host { action: "ring a doorbell", source })
     }
 
-    fn pop<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Result<Option<Request<'m>>, DeviceError> {
+    fn pop<'m>(&mut self, memory: &'m GuestRegions) -> Result<Option<Request<'m>>, DeviceError> {
         let limit = self.queue.size();
         match self.queue.iter(memory)?.next() {
             Some(chain) => Request::new(memory, chain, limit).map(Some),
@@ -121,7 +121,7 @@ impl Ring {
     /// The next request; when there is none, the doorbell will ring for the next one.
     ///
     /// A device that stops before there is none has to come back by itself.
-    pub(crate) fn next<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Result<Option<Request<'m>>, DeviceError> {
+    pub(crate) fn next<'m>(&mut self, memory: &'m GuestRegions) -> Result<Option<Request<'m>>, DeviceError> {
         if let Some(request) = self.pop(memory)? {
             return Ok(Some(request));
         }
@@ -138,24 +138,14 @@ impl Ring {
     }
 
     /// Gives a request back with `written` bytes in its writable part.
-    pub(crate) fn push_used(
-        &mut self,
-        memory: &GuestMemoryMmap<()>,
-        head: u16,
-        written: usize,
-    ) -> Result<(), DeviceError> {
+    pub(crate) fn push_used(&mut self, memory: &GuestRegions, head: u16, written: usize) -> Result<(), DeviceError> {
         self.stage_used(memory, head, written)?;
         self.publish_used(memory)
     }
 
     /// As [`Self::push_used`], but the driver does not see it until [`Self::publish_used`] shows it all that was staged,
     /// at once.
-    pub(crate) fn stage_used(
-        &mut self,
-        memory: &GuestMemoryMmap<()>,
-        head: u16,
-        written: usize,
-    ) -> Result<(), DeviceError> {
+    pub(crate) fn stage_used(&mut self, memory: &GuestRegions, head: u16, written: usize) -> Result<(), DeviceError> {
         let slot = self.queue.next_used().wrapping_add(self.staged) % self.queue.size();
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         let mut element = [0; 8];
@@ -168,7 +158,7 @@ impl Ring {
     }
 
     /// Shows the driver what was staged.
-    pub(crate) fn publish_used(&mut self, memory: &GuestMemoryMmap<()>) -> Result<(), DeviceError> {
+    pub(crate) fn publish_used(&mut self, memory: &GuestRegions) -> Result<(), DeviceError> {
         let staged = std::mem::take(&mut self.staged);
         if staged == 0 {
             return Ok(());
@@ -181,7 +171,7 @@ impl Ring {
     }
 
     /// Shows the driver what was staged, and interrupts it if buffers were used and it wants to know.
-    pub(crate) fn signal_used(&mut self, memory: &GuestMemoryMmap<()>) -> Result<(), DeviceError> {
+    pub(crate) fn signal_used(&mut self, memory: &GuestRegions) -> Result<(), DeviceError> {
         self.publish_used(memory)?;
         let now = self.queue.next_used();
         let before = std::mem::replace(&mut self.considered, now);
@@ -193,7 +183,7 @@ impl Ring {
 
     /// Whether the driver wants an interrupt for the step of the used index from `before` to `now` (virtio 1.2, §2.7.7.2
     /// and §2.7.10).
-    fn wants_interrupt(&self, memory: &GuestMemoryMmap<()>, before: u16, now: u16) -> Result<bool, DeviceError> {
+    fn wants_interrupt(&self, memory: &GuestRegions, before: u16, now: u16) -> Result<bool, DeviceError> {
         // The driver sets its wish and then looks at the used index: here it is the other way round, in this order.
         fence(Ordering::SeqCst);
         let event_index = self.queue.event_idx_enabled();
@@ -231,7 +221,7 @@ impl Ring {
     /// Serves what is in the ring, at most one turn of it; `serve` says how many bytes it wrote.
     pub(crate) fn serve(
         &mut self,
-        memory: &GuestMemoryMmap<()>,
+        memory: &GuestRegions,
         mut serve: impl FnMut(&Request<'_>) -> Result<usize, DeviceError>,
     ) -> Result<(), DeviceError> {
         for turn in 0.. {

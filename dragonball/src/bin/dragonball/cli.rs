@@ -88,6 +88,15 @@ pub(crate) struct Run {
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
     memory: u64,
 
+    /// The most memory that the guest can have while it runs, a multiple of 2 MiB; it starts with --memory.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory_max: Option<u64>,
+
+    /// Add a balloon, through which the guest gives memory back that it does not use: free pages by itself, others when it
+    /// is asked to.
+    #[arg(long)]
+    balloon: bool,
+
     /// A file that the guest sees as persistent memory (/dev/pmem0 and on); it does not change. Can be repeated.
     #[arg(long, value_name = "FILE[,ro]", value_parser = parse_image)]
     pmem: Vec<Image>,
@@ -142,7 +151,7 @@ pub(crate) struct Image {
     pub(crate) read_only: bool,
 }
 
-fn parse_size(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let digits_end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (digits, suffix) = text.split_at(digits_end);
     let shift = match suffix.to_ascii_uppercase().as_str() {
@@ -217,6 +226,8 @@ impl From<Run> for MachineConfig {
             cmdline: run.cmdline,
             vcpus: run.cpus,
             memory: run.memory,
+            memory_max: run.memory_max,
+            balloon: run.balloon,
             pmem: run.pmem.into_iter().map(|Image { path, read_only }| PmemConfig { path, read_only }).collect(),
             disks: run.disk.into_iter().map(|Image { path, read_only }| DiskConfig { path, read_only }).collect(),
             net: run.net,
@@ -246,9 +257,10 @@ mod tests {
 
     #[test]
     fn every_option_reaches_the_machine() {
-        let options = "--initrd initrd --cpus 2 --memory 1G --pmem a,ro --pmem b --disk c --net tap=tap0 \
-            --net vhost=off,queues=4,mtu=9000,mac=02:00:00:00:00:07,tap=tap1 --fs tag=/dir=1 --vsock sock --vsock-cid 7 \
-            --console - --debug-uart log --boot-timer --control control --max-cpus 4";
+        let options = "--initrd initrd --cpus 2 --memory 1G --memory-max 4G --balloon --pmem a,ro --pmem b \
+            --disk c --net tap=tap0 --net vhost=off,queues=4,mtu=9000,mac=02:00:00:00:00:07,tap=tap1 \
+            --fs tag=/dir=1 --vsock sock --vsock-cid 7 --console - \
+            --debug-uart log --boot-timer --control control --max-cpus 4";
         let mut options: Vec<_> = options.split_whitespace().collect();
         options.extend(["--cmdline", "-x one=1"]);
         let machine = config(&options);
@@ -258,6 +270,8 @@ mod tests {
             cmdline: "-x one=1".to_owned(),
             vcpus: 2,
             memory: 1 << 30,
+            memory_max: Some(4 << 30),
+            balloon: true,
             pmem: vec![
                 PmemConfig { path: "a".into(), read_only: true },
                 PmemConfig { path: "b".into(), read_only: false },
@@ -302,7 +316,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_meant_is_refused() {
-        for option in ["--fs=tag", "--fs==/dir", "--pmem=,ro", "--cpus=300", "--memory=lots"] {
+        for option in ["--fs=tag", "--fs==/dir", "--pmem=,ro", "--cpus=300", "--memory=lots", "--memory-max=more"] {
             let arguments = ["dragonball", "run", "--kernel", "vmlinux", option];
             assert!(Cli::try_parse_from(arguments).is_err(), "{option}");
         }

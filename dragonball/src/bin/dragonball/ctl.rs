@@ -8,7 +8,7 @@ use dragonball::control_socket::{ControlAnswer, ControlError, ControlRequest, as
 use dragonball::manage::{DeviceInfo, MachineInfo, Presence, RangeInfo};
 use dragonball::{DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig};
 
-use crate::cli::{Image, parse_fs, parse_image, parse_net};
+use crate::cli::{Image, parse_fs, parse_image, parse_net, parse_size};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -86,6 +86,18 @@ enum Action {
         /// How many.
         count: u8,
     },
+    /// Gives the guest memory or takes some until it has this much.
+    ResizeMem {
+        /// How much; in MiB, or with a suffix (512M, 4G).
+        #[arg(value_parser = parse_size)]
+        size: u64,
+    },
+    /// Asks the guest to give this much memory back by its balloon.
+    Balloon {
+        /// How much; in MiB, or with a suffix (512M, 4G).
+        #[arg(value_parser = parse_size)]
+        size: u64,
+    },
     /// Presses the power button.
     PowerButton,
     /// Lets the vCPUs stand still.
@@ -124,6 +136,8 @@ fn request(action: Action, deadline_ms: u32) -> ControlRequest {
         Action::AddFs { fs, name } => add(name, DeviceConfig::Fs(FsConfig { directory: absolute(fs.directory), ..fs })),
         Action::Remove { name } => ControlRequest::RemoveDevice { name, deadline_ms },
         Action::ResizeCpu { count } => ControlRequest::ResizeVcpus { count, deadline_ms },
+        Action::ResizeMem { size } => ControlRequest::ResizeMemory { bytes: size, deadline_ms },
+        Action::Balloon { size } => ControlRequest::Balloon { bytes: size, deadline_ms },
         Action::PowerButton => ControlRequest::PowerButton {},
         Action::Pause => ControlRequest::Pause {},
         Action::Resume => ControlRequest::Resume {},
@@ -146,6 +160,18 @@ fn print(answer: &ControlAnswer) {
                 eprintln!("The guest did not follow in time: {} were asked for", count.asked);
             }
         }
+        ControlAnswer::Memory(memory) => {
+            println!("{} of memory, of at most {}", size(memory.present), size(memory.max));
+            if memory.present != memory.asked {
+                eprintln!("The guest did not follow in time: {} were asked for", size(memory.asked));
+            }
+        }
+        ControlAnswer::Balloon(balloon) => {
+            println!("{} given back", size(balloon.actual));
+            if balloon.actual != balloon.target {
+                eprintln!("The guest did not follow in time: {} were asked for", size(balloon.target));
+            }
+        }
         ControlAnswer::Machine(machine) => print!("{}", tree(machine, std::io::stdout().is_terminal())),
     }
 }
@@ -154,9 +180,12 @@ fn print(answer: &ControlAnswer) {
 fn tree(machine: &MachineInfo, colour: bool) -> String {
     let bold = |text: &str| if colour { format!("\x1b[1m{text}\x1b[0m") } else { text.to_owned() };
     let mut lines = vec![bold("machine")];
-    let (vcpus, memory) = (machine.vcpus, machine.memory >> 20);
+    let (vcpus, memory) = (machine.vcpus, machine.memory);
     lines.push(format!("├─ vCPUs: {} of at most {}", vcpus.present, vcpus.max));
-    lines.push(format!("├─ RAM: {memory} MiB"));
+    lines.push(format!("├─ RAM: {} of at most {}", size(memory.present), size(memory.max)));
+    if let Some(balloon) = machine.balloon {
+        lines.push(format!("├─ balloon: {} given back", size(balloon.actual)));
+    }
     lines.push(format!("├─ hot-plug: {}", if machine.hot_plug { "yes" } else { "no" }));
     lines.push("├─ memory map".to_owned());
     lines.extend(branches(&machine.map, "│  "));
@@ -206,7 +235,7 @@ fn size(bytes: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use dragonball::manage::VcpuCount;
+    use dragonball::manage::{BalloonSize, MemorySize, VcpuCount};
 
     use super::*;
 
@@ -224,7 +253,8 @@ mod tests {
         };
         let machine = MachineInfo {
             vcpus: VcpuCount { asked: 1, present: 1, max: 8 },
-            memory: 128 << 20,
+            memory: MemorySize { boot: 128 << 20, asked: 256 << 20, present: 256 << 20, max: 1 << 30 },
+            balloon: Some(BalloonSize { target: 0, actual: 8192, discarded: 8192, available: None }),
             hot_plug: true,
             map: vec![range(0, 128 << 20, "RAM"), range(0xc000_1000, 4096, "registers")],
             devices: vec![device("rng0", 1, vec![]), device("data", 10, vec![range(0xc010_0000, 0x4000, "BAR0")])],
@@ -232,7 +262,8 @@ mod tests {
         let expected = "\
 machine
 ├─ vCPUs: 1 of at most 8
-├─ RAM: 128 MiB
+├─ RAM: 256 MiB of at most 1 GiB
+├─ balloon: 8 KiB given back
 ├─ hot-plug: yes
 ├─ memory map
 │  ├─ 0x000000000000 – 0x000007ffffff  RAM (128 MiB)

@@ -13,10 +13,10 @@ use vhost::vhost_kern::net::Net as KernelNet;
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
-use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
-use crate::virtio::device::{EventRegistry, GuestMemory};
+use crate::virtio::device::{EventRegistry, GuestMemory, Region};
 use crate::virtio::ring::{RING_FEATURES, Ring, RingPosition};
 
 /// The device file.
@@ -87,7 +87,7 @@ impl Vhost {
             return Err(vhost::Error::VhostOpen(io::ErrorKind::Unsupported.into()));
         }
         kernel.set_features(wanted)?;
-        kernel.set_mem_table(&regions(&self.memory)?)?;
+        kernel.set_mem_table(&regions(&self.memory).map_err(vhost::Error::VhostOpen)?)?;
         for (index, (ring, call)) in rings.into_iter().zip(&self.calls).enumerate() {
             let layout = ring.layout();
             kernel.set_vring_num(index, layout.size)?;
@@ -176,20 +176,23 @@ impl Vhost {
     }
 }
 
-/// Where the regions of guest memory lie in this process.
-fn regions(memory: &GuestMemory) -> vhost::Result<Vec<VhostUserMemoryRegionInfo>> {
-    fn place<R: GuestMemoryRegion>(region: &R) -> vhost::Result<VhostUserMemoryRegionInfo> {
-        let start =
-            region.get_host_address(MemoryRegionAddress(0)).map_err(|_| vhost::Error::InvalidGuestMemoryRegion)?;
+/// Guest memory for the kernel. Of memory that comes and goes the kernel would write to what the guest does not have.
+fn regions(memory: &GuestMemory) -> io::Result<Vec<VhostUserMemoryRegionInfo>> {
+    let region = |region: &Region| {
+        if region.blocks().is_some() {
+            return Err(io::Error::other(
+                "vhost does not go with memory that can be plugged: use vhost=off, or no such memory",
+            ));
+        }
         Ok(VhostUserMemoryRegionInfo {
             guest_phys_addr: region.start_addr().raw_value(),
             memory_size: region.len(),
-            userspace_addr: start as u64,
+            userspace_addr: region.mapping().as_ptr() as u64,
             mmap_offset: 0,
             mmap_handle: -1,
         })
-    }
-    memory.iter().map(place).collect()
+    };
+    memory.iter().map(region).collect()
 }
 
 fn into_io(error: vhost::Error) -> io::Error {

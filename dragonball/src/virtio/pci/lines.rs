@@ -132,4 +132,8 @@ impl Interrupt for Lines {
     fn signal_config(&self) {
         self.signal(self.config_vector.load(Ordering::Acquire), STATUS_CONFIG);
     }
+
+    fn set_config(&self, config: Vec<u8>) {
+        Self::set_config(self, config);
+    }
 }

@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::script::Script;
-use super::{MEMORY_SIZE, MEMORY_START};
+use super::{MEMORY_SIZE, MEMORY_START, memory};
 use crate::control;
 use crate::irq::router::IrqRouter;
 use crate::kvm;
@@ -30,8 +29,7 @@ impl PciMachine {
     pub fn new() -> Option<Self> {
         let vm = kvm::create_vm(&kvm::open().ok()?).ok()?;
         let length = usize::try_from(MEMORY_SIZE).expect("a small memory");
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(MEMORY_START), length)]).expect("guest memory");
-        Some(Self { vm, memory: Arc::new(memory) })
+        Some(Self { vm, memory: memory(&[(MEMORY_START, length)]) })
     }
 
     /// Does the accesses of `script`.

@@ -5,14 +5,19 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 
 use tempfile::{NamedTempFile, TempDir};
 
-use super::Harness;
 use super::script::{Scene, Script, run};
 use super::wire::{self, Wire};
+use super::{Harness, MEMORY_SIZE, PLUGGABLE_START, harness_memory};
+use crate::memory::PluggableMemory;
+use crate::memory::listener::DmaListeners;
+use crate::virtio::balloon::{Balloon, BalloonControl};
 use crate::virtio::blk::{Blk, Resizer};
 use crate::virtio::fs::Fs;
+use crate::virtio::mem::{Mem, MemControl};
 use crate::virtio::net::Link;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
@@ -158,6 +163,87 @@ pub fn fs(bytes: &[u8]) {
     let segments = [harness.readable(&init), harness.writable(128)];
     harness.request(1, &segments);
     run(&mut harness, Script::new(bytes), &mut Directory { directory });
+}
+
+/// How much memory the device of [`mem`] can plug.
+pub const MEM_SIZE: u64 = 128 << 20;
+
+/// A memory device at work in a guest without a VM, which shall have nothing.
+pub(crate) fn mem_harness() -> Harness<Mem> {
+    let memory = harness_memory(Some(MEM_SIZE));
+    let listeners = DmaListeners::new(Arc::clone(&memory));
+    let pluggable = PluggableMemory::new(&memory, None, listeners).expect("a region for pluggable memory");
+    let mut harness = Harness::idle_in(memory, Mem::new(pluggable, MEM_SIZE).expect("a device"));
+    harness.activate().expect("activation");
+    harness
+}
+
+/// Runs a program on the memory device, of whose guest the host wants more and less.
+pub fn mem(bytes: &[u8]) {
+    let mut harness = mem_harness();
+    let control = harness.device.control();
+    run(&mut harness, Script::new(bytes), &mut Memory { control: control.clone() });
+    let state = control.state();
+    assert!(state.plugged <= MEM_SIZE, "the guest has more than there is: {state:?}");
+}
+
+struct Memory {
+    control: MemControl,
+}
+
+impl Scene for Memory {
+    /// A request about blocks that mostly exist.
+    fn request(&mut self, script: &mut Script<'_>) -> Vec<u8> {
+        let mut request = vec![0; 24];
+        request[0] = script.byte() % 5;
+        let offset = u64::from(script.byte() % 66) * (2 << 20) + u64::from(script.byte() == 255);
+        request[8..16].copy_from_slice(&(PLUGGABLE_START + offset).to_le_bytes());
+        request[16..18].copy_from_slice(&(script.half() % 66).to_le_bytes());
+        request
+    }
+
+    fn host(&mut self, script: &mut Script<'_>) {
+        let bytes = u64::from(script.half()) << 12;
+        assert!(self.control.set_requested(bytes).expect("an event") <= MEM_SIZE);
+    }
+}
+
+/// A balloon at work in a guest without a VM, and who else reaches its memory.
+pub(crate) fn balloon_harness() -> (Harness<Balloon>, DmaListeners) {
+    let memory = harness_memory(Some(MEM_SIZE));
+    let listeners = DmaListeners::new(Arc::clone(&memory));
+    let mut harness = Harness::idle_in(memory, Balloon::new(listeners.clone(), MEMORY_SIZE).expect("a device"));
+    harness.activate().expect("activation");
+    (harness, listeners)
+}
+
+/// Runs a program on a balloon that the host wants larger and smaller.
+pub fn balloon(bytes: &[u8]) {
+    let (mut harness, _listeners) = balloon_harness();
+    let control = harness.device.control();
+    run(&mut harness, Script::new(bytes), &mut Pages { control });
+}
+
+struct Pages {
+    control: BalloonControl,
+}
+
+impl Scene for Pages {
+    /// Numbers of pages that mostly exist.
+    fn request(&mut self, script: &mut Script<'_>) -> Vec<u8> {
+        let first = u32::from(script.half());
+        let pages = (0..u32::from(script.byte())).map(|page| first + page * u32::from(script.byte() % 3));
+        pages.flat_map(u32::to_le_bytes).collect()
+    }
+
+    fn host(&mut self, script: &mut Script<'_>) {
+        if script.byte() & 1 == 0 {
+            self.control.request_stats().expect("an event");
+        } else {
+            let target = self.control.set_target(u64::from(script.word())).expect("an event");
+            assert!(target <= MEMORY_SIZE);
+        }
+    }
 }
 
 struct Directory {

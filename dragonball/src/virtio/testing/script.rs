@@ -225,7 +225,7 @@ mod tests {
 
         #[test]
         fn no_driver_makes_a_device_panic_or_spin(bytes in programs()) {
-            for scene in [scenes::queue, scenes::blk, scenes::vsock, scenes::fs, scenes::net, console_and_pmem, transport] {
+            for scene in [scenes::queue, scenes::blk, scenes::vsock, scenes::fs, scenes::net, scenes::mem, scenes::balloon, console_and_pmem, transport] {
                 scene(&bytes);
             }
         }
