@@ -288,6 +288,8 @@ impl VirtioDevice for Balloon {
             if let Some((_, position)) = resume.rings.iter().find(|(number, _)| *number == index) {
                 ring.resume(*position)?;
             }
+            // Linux puts its first statistics buffer into the ring, and rings, before it says that the driver is ready.
+            ring.call_again()?;
             rings.push((index, role, ring));
         }
         if let Some(missing) = (0..2).find(|index| !rings.iter().any(|(number, ..)| number == index)) {

@@ -60,6 +60,9 @@ pub trait Interrupt: Send + Sync {
     fn signal_queue(&self, index: u16);
     /// The device configuration changed.
     fn signal_config(&self);
+    /// The driver reads `config` as the device configuration from now on. For a change that the driver itself asked for by
+    /// a request: it may look as soon as that is answered, and no signal tells it.
+    fn set_config(&self, config: Vec<u8>);
     /// An event that interrupts the guest for queue `index` when it is written, until the device is reset: for the host
     /// kernel, which then needs no thread of ours. Masks and vectors are the guest's as ever. `None` where there is no such
     /// thing; [`Self::signal_queue`] does it then.
@@ -67,9 +70,6 @@ pub trait Interrupt: Send + Sync {
         let _ = index;
         None
     }
-    /// The driver reads `config` as the device configuration from now on. For a change that the driver itself asked for by
-    /// a request: it may look as soon as that is answered, and no signal tells it.
-    fn set_config(&self, config: Vec<u8>);
 }
 
 /// The event loop as a device sees it. Tokens are the device's own numbers; they come back in

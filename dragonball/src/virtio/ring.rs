@@ -146,6 +146,9 @@ impl Ring {
     /// As [`Self::push_used`], but the driver does not see it until [`Self::publish_used`] shows it all that was staged,
     /// at once.
     pub(crate) fn stage_used(&mut self, memory: &GuestRegions, head: u16, written: usize) -> Result<(), DeviceError> {
+        if head >= self.queue.size() {
+            return Err(virtio_queue::Error::InvalidDescriptorIndex.into());
+        }
         let slot = self.queue.next_used().wrapping_add(self.staged) % self.queue.size();
         let written = u32::try_from(written).unwrap_or(u32::MAX);
         let mut element = [0; 8];

@@ -167,6 +167,17 @@ fn statistics_come_when_the_host_asks_and_not_before() {
 }
 
 #[test]
+fn a_statistics_buffer_that_was_there_before_the_driver_was_ready_is_seen() {
+    let mut harness = harness();
+    harness.reset();
+    let buffer = stats_buffer(&mut harness, &[(5, 50)]);
+    harness.rings[usize::from(STATISTICS)].add(&[buffer]);
+    harness.activate().unwrap();
+    harness.settle();
+    assert_eq!(harness.device.control().state().stats.total_memory, Some(50));
+}
+
+#[test]
 fn a_question_before_the_first_buffer_is_answered_by_it() {
     let mut harness = harness();
     let control = harness.device.control();

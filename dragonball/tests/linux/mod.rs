@@ -1,0 +1,165 @@
+//! A Linux guest with a shell: a kernel, busybox in an initrd, and the console as the way to talk to it.
+
+#![expect(clippy::unwrap_used, reason = "a helper of tests, which fail by panics")]
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsFd, AsRawFd};
+use std::path::PathBuf;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::Duration;
+
+use dragonball::{ConsoleOutput, ExitReason, MachineConfig, Vm, start};
+use tempfile::TempDir;
+
+/// How long the guest may take for an answer: the lab emulates its processors.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// A line that no command prints.
+const END: &str = "=end=";
+const BUSYBOX: &str = "/usr/bin/busybox";
+/// What the guest's first process does: it makes the usual places, and then what it is told.
+const INIT: &str = "#!/bin/busybox sh
+/bin/busybox mkdir -p /proc /sys /dev /tmp
+/bin/busybox --install -s /bin
+export PATH=/bin
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs devtmpfs /dev
+mount -t tmpfs -o size=4G tmpfs /tmp
+exec </dev/hvc0 >/dev/hvc0 2>&1
+stty -echo -onlcr
+echo =end=
+while read -r line; do eval \"$line\"; done
+";
+
+/// The guest kernel to test with; says so where there is none.
+pub(crate) fn kernel() -> Option<PathBuf> {
+    let kernel = std::env::var_os("TATAMI_TEST_KERNEL").map(PathBuf::from);
+    if kernel.is_none() {
+        eprintln!("SKIPPED: TATAMI_TEST_KERNEL names no guest kernel");
+    }
+    kernel
+}
+
+/// A guest that runs.
+pub(crate) struct Guest {
+    pub(crate) vm: Vm,
+    input: File,
+    lines: Receiver<String>,
+    _directory: TempDir,
+}
+
+impl Guest {
+    /// Starts the machine of `config` with a shell on its console, and waits for it.
+    pub(crate) fn start(config: MachineConfig) -> Self {
+        let directory = tempfile::tempdir().unwrap();
+        let initrd = directory.path().join("initrd");
+        std::fs::write(
+            &initrd,
+            archive(&[("bin/busybox", &std::fs::read(BUSYBOX).unwrap()), ("init", INIT.as_bytes())]),
+        )
+        .unwrap();
+        let config = MachineConfig {
+            initrd: Some(initrd),
+            cmdline: format!("{} console=hvc0 loglevel=4 rdinit=/init", config.cmdline),
+            console: ConsoleOutput::Stdio,
+            ..config
+        };
+        let (guest_input, input) = std::io::pipe().unwrap();
+        let (output, guest_output) = std::io::pipe().unwrap();
+        let vm = with_standard_streams(guest_input.as_fd(), guest_output.as_fd(), || start(config).unwrap());
+        drop((guest_input, guest_output));
+        let (sender, lines) = channel();
+        // Ends with the guest, whose side of the pipe is closed then.
+        std::thread::spawn(move || {
+            for line in BufReader::new(File::from(std::os::fd::OwnedFd::from(output))).lines() {
+                if line.is_err() || sender.send(line.unwrap()).is_err() {
+                    break;
+                }
+            }
+        });
+        let guest = Self { vm, input: File::from(std::os::fd::OwnedFd::from(input)), lines, _directory: directory };
+        guest.until_end();
+        guest
+    }
+
+    /// Runs `command` in the guest's shell and returns what it printed.
+    pub(crate) fn run(&mut self, command: &str) -> String {
+        self.input.write_all(format!("{command}; echo {END}\n").as_bytes()).unwrap();
+        self.until_end()
+    }
+
+    /// Powers the guest off and waits for its end.
+    pub(crate) fn power_off(mut self) -> ExitReason {
+        self.input.write_all(b"poweroff -f\n").unwrap();
+        let mut poll = libc::pollfd { fd: self.vm.exit_event().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let limit = i32::try_from(PATIENCE.as_millis()).unwrap();
+        // SAFETY: one valid structure.
+        assert_eq!(unsafe { libc::poll(&raw mut poll, 1, limit) }, 1, "the guest does not power off");
+        self.vm.wait()
+    }
+
+    fn until_end(&self) -> String {
+        let mut text = String::new();
+        loop {
+            let line = self.lines.recv_timeout(PATIENCE).unwrap_or_else(|error| {
+                panic!("no answer from the guest ({error}); its console: {}", self.vm.console_tail())
+            });
+            let line = line.trim_end_matches('\r');
+            if line.ends_with(END) {
+                return text;
+            }
+            text.push_str(line);
+            text.push('\n');
+        }
+    }
+}
+
+/// Calls `action` while this process has other standard streams: the machine keeps descriptors of its own.
+fn with_standard_streams<T>(
+    input: std::os::fd::BorrowedFd<'_>,
+    output: std::os::fd::BorrowedFd<'_>,
+    action: impl FnOnce() -> T,
+) -> T {
+    let pairs = [(input.as_raw_fd(), libc::STDIN_FILENO), (output.as_raw_fd(), libc::STDOUT_FILENO)];
+    let kept = pairs.map(|(new, standard)| {
+        // SAFETY: all are open descriptors of this process; nobody else uses the standard ones meanwhile.
+        unsafe {
+            let kept = libc::dup(standard);
+            assert!(kept >= 0 && libc::dup2(new, standard) >= 0, "a standard stream cannot be replaced");
+            (kept, standard)
+        }
+    });
+    let result = action();
+    for (kept, standard) in kept {
+        // SAFETY: as above; the copy was made a moment ago and is closed once.
+        unsafe {
+            libc::dup2(kept, standard);
+            libc::close(kept);
+        }
+    }
+    result
+}
+
+/// An archive of executable files in the "newc" format of initrds
+/// (`Documentation/driver-api/early-userspace/buffer-format.rst`).
+fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    let mut entry = |path: &str, mode: u32, content: &[u8]| {
+        let number = |value: usize| format!("{value:08x}");
+        let mode = usize::try_from(mode).unwrap();
+        let fields = [0, mode, 0, 0, 1, 0, content.len(), 0, 0, 0, 0, path.len() + 1, 0];
+        archive.extend(b"070701");
+        fields.iter().for_each(|&field| archive.extend(number(field).bytes()));
+        archive.extend(path.bytes());
+        archive.push(0);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+        archive.extend(content);
+        archive.resize(archive.len().next_multiple_of(4), 0);
+    };
+    entry("bin", 0o040_755, &[]);
+    entry("dev", 0o040_755, &[]);
+    files.iter().for_each(|(path, content)| entry(path, 0o100_755, content));
+    entry("TRAILER!!!", 0, &[]);
+    archive
+}

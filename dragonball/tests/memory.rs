@@ -1,0 +1,110 @@
+//! A Linux guest whose memory grows and shrinks. Needs hardware virtualization, and says that it is skipped unless
+//! `TATAMI_TEST_KERNEL` names a guest kernel (`make guests` sets both up).
+
+mod linux;
+
+use std::time::{Duration, Instant};
+
+use dragonball::virtio::balloon::BalloonState;
+use dragonball::virtio::mem::MemState;
+use dragonball::{ExitReason, MachineConfig};
+use linux::Guest;
+
+const MIB: u64 = 1 << 20;
+/// What the guest starts with.
+const BOOT: u64 = 256 * MIB;
+/// What it can have beside that.
+const MORE: u64 = 2560 * MIB;
+/// How long a wait lasts before the test counts as failed: the lab emulates its processors.
+const DEADLINE: Duration = Duration::from_secs(90);
+
+fn deadline() -> Instant {
+    Instant::now() + DEADLINE
+}
+
+/// Anonymous memory of this process, in bytes: the guest's, and little else.
+fn resident() -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse::<u64>().unwrap() << 10
+}
+
+/// The guest's memory as it counts itself, in bytes.
+fn total(guest: &mut Guest) -> u64 {
+    guest.run("awk '/MemTotal/ {print $2}' /proc/meminfo").trim().parse::<u64>().unwrap() << 10
+}
+
+fn resize(guest: &Guest, bytes: u64, enough: impl Fn(u64) -> bool) -> MemState {
+    let memory = guest.vm.memory().unwrap();
+    assert_eq!(memory.set_requested(bytes).unwrap(), bytes);
+    let state = memory.wait(deadline(), |state| enough(state.plugged));
+    assert!(enough(state.plugged), "asked for {} MiB, there are {} MiB", bytes / MIB, state.plugged / MIB);
+    state
+}
+
+fn inflate(guest: &Guest, bytes: u64) -> BalloonState {
+    let balloon = guest.vm.balloon().unwrap();
+    assert_eq!(balloon.set_target(bytes).unwrap(), bytes);
+    let state = balloon.wait(deadline(), |state| state.actual == bytes);
+    assert_eq!(state.actual, bytes);
+    state
+}
+
+#[test]
+fn a_guest_grows_shrinks_and_gives_back_what_it_does_not_use() {
+    let Some(kernel) = linux::kernel() else { return };
+    let config = MachineConfig {
+        memory: BOOT,
+        memory_max: Some(BOOT + MORE),
+        balloon: true,
+        vcpus: 2,
+        ..MachineConfig::new(kernel)
+    };
+    let mut guest = Guest::start(config);
+    let booted = total(&mut guest);
+    assert!(booted <= BOOT, "{booted}");
+
+    resize(&guest, MORE, |plugged| plugged == MORE);
+    let grown = total(&mut guest);
+    assert!(grown >= booted + MORE, "the guest counts {} MiB", grown / MIB);
+    let idle = resident();
+
+    guest.run("dd if=/dev/zero of=/tmp/file bs=1M count=1200 2>/dev/null; sync");
+    let used = resident();
+    assert!(used >= idle + 1100 * MIB, "{} MiB from {} MiB", used / MIB, idle / MIB);
+    let balloon = guest.vm.balloon().unwrap();
+    let before = balloon.state().discarded;
+    guest.run("rm /tmp/file");
+    let state = balloon.wait(deadline(), |state| state.discarded >= before + 1000 * MIB);
+    let freed = resident();
+    println!("resident: idle {} MiB, used {} MiB, freed {} MiB", idle / MIB, used / MIB, freed / MIB);
+    assert!(
+        freed + 900 * MIB <= used,
+        "{} MiB after {} MiB were reported",
+        freed / MIB,
+        (state.discarded - before) / MIB
+    );
+
+    // Used memory is moved, not lost: the sum stays the same.
+    guest.run("dd if=/dev/urandom of=/tmp/file bs=1M count=100 2>/dev/null");
+    let sum = guest.run("sha256sum /tmp/file");
+    for round in 0..3 {
+        let small = resize(&guest, 256 * MIB, |plugged| plugged <= 512 * MIB);
+        println!(
+            "round {round}: asked for 256 MiB, {} MiB are left, resident {} MiB",
+            small.plugged / MIB,
+            resident() / MIB
+        );
+        assert!(resident() <= BOOT + small.plugged + 64 * MIB);
+        resize(&guest, MORE, |plugged| plugged == MORE);
+    }
+    assert_eq!(guest.run("sha256sum /tmp/file"), sum);
+
+    inflate(&guest, 512 * MIB);
+    let reports = balloon.request_stats().unwrap();
+    let stats = balloon.wait(deadline(), |state| state.reports > reports).stats;
+    assert!(stats.total_memory.is_some_and(|total| total <= grown) && stats.free_memory.is_some(), "{stats:?}");
+    inflate(&guest, 0);
+    assert_eq!(guest.run("sha256sum /tmp/file"), sum);
+    assert_eq!(guest.power_off(), ExitReason::PowerOff);
+}
