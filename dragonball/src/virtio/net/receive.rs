@@ -8,6 +8,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use virtio_bindings::virtio_net::VIRTIO_NET_F_MRG_RXBUF;
+use vm_memory::GuestMemoryBackend;
 
 use super::pieces::{self, PIECES_MAX, Pieces};
 use super::port::Port;
@@ -24,6 +25,8 @@ pub(super) struct Receiver {
     memory: GuestMemory,
     /// Whether a frame may lie in several buffers.
     mergeable: bool,
+    /// Whether buffers may be kept for later: not where the memory that they lie in can be unplugged in the meantime.
+    keeps: bool,
     /// Buffers that were taken from the ring and are empty.
     buffers: VecDeque<Buffer>,
     /// Their pieces of guest memory, in the same order.
@@ -56,9 +59,11 @@ pub(super) enum Waits {
 
 impl Receiver {
     pub(super) fn new(ring: Ring, memory: GuestMemory, features: u64) -> Self {
+        let keeps = memory.iter().all(|region| region.blocks().is_none());
         Self {
             ring,
             mergeable: features & (1 << VIRTIO_NET_F_MRG_RXBUF) != 0,
+            keeps,
             buffers: VecDeque::new(),
             pieces: Pieces::new(GuestMemory::clone(&memory)),
             memory,
@@ -87,6 +92,9 @@ impl Receiver {
         }
         if waits.is_none() {
             self.ring.call_again()?;
+        }
+        if !self.keeps {
+            self.put_back();
         }
         self.ring.signal_used(&self.memory)?;
         Ok(waits.unwrap_or(Waits::ForFrames))
@@ -160,6 +168,13 @@ impl Receiver {
             self.room = self.room.saturating_add(room);
         }
         Ok(())
+    }
+
+    /// Puts the empty buffers back into the ring.
+    fn put_back(&mut self) {
+        self.buffers.drain(..).for_each(|_| self.ring.unpop());
+        self.pieces.clear();
+        self.room = 0;
     }
 
     /// Gives the driver the buffers that the frame of `length` bytes lies in, all at once.

@@ -3,7 +3,10 @@
 use vm_memory::GuestAddress;
 
 use super::*;
-use crate::virtio::testing::{Descriptor, MEMORY_SIZE, MEMORY_START, NEXT, WRITE};
+use crate::memory::PluggableMemory;
+use crate::memory::listener::DmaListeners;
+use crate::memory::plug::{BLOCK, Run};
+use crate::virtio::testing::{Descriptor, MEMORY_SIZE, MEMORY_START, NEXT, PLUGGABLE_START, WRITE, harness_memory};
 
 /// What comes of `descriptors` in `queue`, the first one made available.
 fn outcome(queue: u16, descriptors: &[Descriptor]) -> Result<(), DeviceError> {
@@ -72,6 +75,35 @@ fn one_buffer_made_available_without_end_takes_one_frame_after_the_other() {
         harness.settle();
     }
     assert_eq!(harness.rings[0].used_index(), 50);
+}
+
+#[test]
+fn buffers_whose_memory_is_unplugged_break_the_device_and_not_the_machine() {
+    let memory = harness_memory(Some(4 * BLOCK));
+    let listeners = DmaListeners::new(std::sync::Arc::clone(&memory));
+    let mut blocks = PluggableMemory::new(&memory, None, listeners).unwrap();
+    let run = Run { first: 0, count: 1 };
+    blocks.plug(run).unwrap();
+    let (net, wires) = card(1);
+    let mut harness = Harness::idle_in(memory, net);
+    harness.activate().unwrap();
+    let buffers: Vec<_> = (0..3)
+        .map(|number| {
+            let segment = Segment::Writable(GuestAddress(PLUGGABLE_START + 4096 * number), 512);
+            (harness.submit(RX, &[segment]), segment)
+        })
+        .collect();
+    harness.settle();
+    // Plugged memory is memory as any other. The next frame needs more than what is left, and is held back.
+    assert!(wires[0].send(&frame(200, 1)));
+    assert_eq!(received(&mut harness, RX, &buffers).1, &frame(200, 1)[HEADER_LENGTH..]);
+    assert!(wires[0].send(&frame(1500, 2)));
+    harness.settle();
+    blocks.unplug(run).unwrap();
+    let last = [harness.writable(1000)];
+    harness.submit(RX, &last);
+    let result = harness.try_settle(1000);
+    assert!(matches!(result, Err(DeviceError::Protocol(_))), "{result:?}");
 }
 
 #[test]
