@@ -65,10 +65,13 @@ deny: ## Check licences, duplicates and sources of all crates (cargo-deny)
 unit: deps
 	cargo test --locked --workspace --profile $(PROFILE)
 
-# The host's KVM was tested by `unit`, if it has one; the lab's is another.
-guests: build ## Small guests on the lab's KVM
+# The host's KVM was tested by `unit`, if it has one; the lab's is another. A Linux guest needs a kernel in any case.
+guests: build ## Small guests on the lab's KVM, and a Linux guest whose memory grows and shrinks
 	program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test machine --no-run 2>&1 \
 	    | sed -n 's/.*(\(.*\/machine-[0-9a-f]*\))$$/\1/p') && $(OUT)/run-suites program "$$program" --report target/suites
+	program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test memory --no-run 2>&1 \
+	    | sed -n 's/.*(\(.*\/memory-[0-9a-f]*\))$$/\1/p') && $(OUT)/run-suites program "$$program" \
+	    --kernel target/kernel/vmlinux --report target/suites
 
 suites: dist images guests ## Small guests, and end-to-end suites against containerd 1.7 and 2.1
 	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/suites

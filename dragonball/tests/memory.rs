@@ -1,6 +1,8 @@
 //! A Linux guest whose memory grows and shrinks. Needs hardware virtualization, and says that it is skipped unless
 //! `TATAMI_TEST_KERNEL` names a guest kernel (`make guests` sets both up).
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panics")]
+
 mod linux;
 
 use std::time::{Duration, Instant};
@@ -65,8 +67,10 @@ fn a_guest_grows_shrinks_and_gives_back_what_it_does_not_use() {
     assert!(booted <= BOOT, "{booted}");
 
     resize(&guest, MORE, |plugged| plugged == MORE);
+    // The guest has the last blocks a moment before it uses them.
+    let grown = booted + MORE;
+    guest.run(&format!("until [ $(awk '/MemTotal/ {{print $2}}' /proc/meminfo) -ge {} ]; do :; done", grown >> 10));
     let grown = total(&mut guest);
-    assert!(grown >= booted + MORE, "the guest counts {} MiB", grown / MIB);
     let idle = resident();
 
     guest.run("dd if=/dev/zero of=/tmp/file bs=1M count=1200 2>/dev/null; sync");

@@ -34,10 +34,14 @@ enum Action {
         #[arg(long, value_name = "SNAPSHOT")]
         snapshot: Option<Snapshot>,
     },
-    /// Runs a test program by itself in the lab: the small guests, unless they ran on this host's hardware.
+    /// Runs a test program by itself: the small guests in the lab, unless they ran on this host's hardware; a test that
+    /// needs a guest kernel where virtual machines can run.
     Program {
         /// The program; it needs nothing but the C library.
         program: PathBuf,
+        /// A guest kernel for it.
+        #[arg(long, value_name = "FILE")]
+        kernel: Option<PathBuf>,
         /// Where to write the log.
         #[arg(long, value_name = "DIRECTORY")]
         report: PathBuf,
@@ -74,7 +78,7 @@ const LAB_SLOWNESS: &str = "10";
 
 fn main() -> Result<ExitCode> {
     let (parts, program, arguments, snapshots) = match Arguments::parse().action {
-        Action::Program { program, report } => return alone_in_the_lab(&program, &report),
+        Action::Program { program, kernel, report } => return alone(&program, kernel.as_deref(), &report),
         Action::Test { parts, filter, snapshot } => {
             let snapshots = snapshot.map_or_else(|| vec![Snapshot::Base, Snapshot::Containerd21], |one| vec![one]);
             (parts, "suites", filter.into_iter().collect::<Vec<_>>(), snapshots)
@@ -149,19 +153,32 @@ fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snap
     Ok(status == Status::Exited(0))
 }
 
-fn alone_in_the_lab(program: &Path, report: &Path) -> Result<ExitCode> {
+/// By this variable a test program finds its guest kernel.
+const TEST_KERNEL: &str = "TATAMI_TEST_KERNEL";
+
+fn alone(program: &Path, kernel: Option<&Path>, report: &Path) -> Result<ExitCode> {
     let name =
         program.file_name().with_context(|| format!("{} names no program", program.display()))?.to_string_lossy();
     if lab::probe::probe().hardware {
-        println!("{name} ran on this host's own KVM, with the unit tests");
-        return Ok(ExitCode::SUCCESS);
+        let Some(kernel) = kernel else {
+            println!("{name} ran on this host's own KVM, with the unit tests");
+            return Ok(ExitCode::SUCCESS);
+        };
+        let status = Command::new(program).env(TEST_KERNEL, kernel).status();
+        let status = status.with_context(|| format!("Cannot run {}", program.display()))?;
+        return Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
     }
     fs::create_dir_all(report).with_context(|| format!("Cannot create {}", report.display()))?;
     println!("{name} in the lab");
     let machine = Machine::restore(Snapshot::Base, &format!("program-{}", std::process::id()))?;
     machine.push(program, "/root/bin/program")?;
     let log = Log::create(&report.join(format!("{name}.log")))?;
-    let status = stream(&machine, &lab::Command::new("/root/bin/program"), log)?;
+    let mut command = lab::Command::new("/root/bin/program");
+    if let Some(kernel) = kernel {
+        machine.push(kernel, "/root/bin/vmlinux")?;
+        command = command.env(TEST_KERNEL, "/root/bin/vmlinux");
+    }
+    let status = stream(&machine, &command, log)?;
     machine.end()?;
     Ok(if status == Status::Exited(0) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
