@@ -74,7 +74,7 @@ pub(crate) fn prune(cache: &Cache) -> Result<Vec<PathBuf>, Error> {
     let mut removed = Vec::new();
     for (kind, kept) in [
         ("lab-tools", vec![materials.tools.id()]),
-        ("lab-qemu", vec![Tools::get_newer(cache, &pin(cache)?)?.id()]),
+        ("lab-qemu", vec![Tools::newer_id(&pin(cache)?)]),
         ("lab-gpu-model", vec![model::program_id()?]),
         ("lab-system", vec![materials.system.id()]),
         ("lab-initrd", vec![materials.initrd.id()]),

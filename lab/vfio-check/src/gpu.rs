@@ -8,7 +8,7 @@ use crate::report::Report;
 
 /// Bytes that the engine can reach, and where.
 const MEMORY: usize = 64 << 20;
-const ADDRESS: u64 = 0x10_0000;
+const ADDRESS: u64 = 1 << 30;
 /// What is copied: half of the memory, but for an end that is no multiple of anything.
 const LENGTH: usize = (MEMORY >> 1) - 13;
 const PAGE: usize = 4096;
