@@ -1,10 +1,12 @@
 //! Where the guest's accesses go: I/O ports and the memory addresses that no RAM is at.
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 
+use crate::control::{Control, Request};
 use crate::irq::ioapic::IoApic;
-use crate::memory::layout::{BOOT_TIMER, ECAM, IOAPIC};
+use crate::memory::layout::{BOOT_TIMER, ECAM, HOT_PLUG, IOAPIC};
 use crate::pci::bus::PciBus;
+use crate::platform::hotplug::HotPlugRegisters;
 use crate::platform::ports;
 use crate::platform::registers::{self, BOOT_TIMER_INIT};
 use crate::platform::uart::Uart;
@@ -18,6 +20,10 @@ pub(crate) struct Bus {
     pub(crate) pci: Arc<PciBus>,
     /// The debug UART, if there is one.
     pub(crate) uart: Option<Arc<Uart>>,
+    /// The hot-plug registers, if the machine has them.
+    pub(crate) hot_plug: Option<Arc<HotPlugRegisters>>,
+    /// Who works off what the guest tells by them.
+    pub(crate) control: Control,
     /// Who is told of the boot timer's byte, if the machine has one.
     pub(crate) boot_timer: Option<Arc<Shared>>,
 }
@@ -53,6 +59,8 @@ impl Bus {
             self.pci.read_config(offset, data);
         } else if let Some(offset) = IOAPIC.offset_of(address, data.len()) {
             copy_register(self.ioapic.read(offset), data);
+        } else if let Some((registers, offset)) = self.hot_plug_register(address, data.len()) {
+            copy_register(registers.read(offset), data);
         } else if !self.pci.read_memory(address, data) {
             data.fill(0xff);
         }
@@ -66,10 +74,29 @@ impl Bus {
             if let Ok(value) = data.try_into() {
                 self.ioapic.write(offset, u32::from_le_bytes(value));
             }
+        } else if let Some((registers, offset)) = self.hot_plug_register(address, data.len()) {
+            if let Ok(value) = data.try_into() {
+                self.write_hot_plug(registers, offset, u32::from_le_bytes(value));
+            }
         } else if address == BOOT_TIMER {
             self.boot_timer_byte(data);
         } else {
             self.pci.write_memory(address, data);
+        }
+    }
+
+    /// The hot-plug register that an access of all its four bytes is for.
+    fn hot_plug_register(&self, address: u64, size: usize) -> Option<(&HotPlugRegisters, u64)> {
+        let offset = HOT_PLUG.offset_of(address, size).filter(|offset| size == 4 && offset.is_multiple_of(4))?;
+        Some((self.hot_plug.as_deref()?, offset))
+    }
+
+    /// What the guest let go is gone when its write has been carried out.
+    fn write_hot_plug(&self, registers: &HotPlugRegisters, offset: u64, value: u32) {
+        if let Some(told) = registers.write(offset, value) {
+            let (done, wait) = mpsc::channel();
+            self.control.send(Request::Told { told, done });
+            let _ = wait.recv();
         }
     }
 

@@ -5,6 +5,10 @@ use std::path::{Path, PathBuf};
 
 use crate::host;
 
+mod net;
+
+pub use net::{MTU_MIN, MacAddress, NET_QUEUES_MAX, NetConfig, TapDescriptors, TapSource, VhostMode};
+
 /// Guest memory is given in multiples of this many bytes (2 MiB), so that the host can back it by huge pages.
 pub const MEMORY_GRANULE: u64 = 2 << 20;
 /// The least guest memory (32 MiB) that a kernel and its `init` start in.
@@ -30,10 +34,17 @@ pub struct MachineConfig {
     pub vcpus: u8,
     /// Guest memory in bytes: a multiple of [`MEMORY_GRANULE`], at least [`MEMORY_MIN`], at most what the host has.
     pub memory: u64,
+    /// The most memory that the guest can have while it runs, in bytes: `memory`, and what can be plugged beside it. A
+    /// multiple of [`MEMORY_GRANULE`]. Without one, and where it equals `memory`, no memory can be plugged.
+    pub memory_max: Option<u64>,
+    /// Whether the machine has a balloon, through which the guest gives memory back that it does not use.
+    pub balloon: bool,
     /// Persistent memory devices, `/dev/pmem0` and on.
     pub pmem: Vec<PmemConfig>,
     /// Block devices, `/dev/vda` and on.
     pub disks: Vec<DiskConfig>,
+    /// Network cards, `eth0` and on.
+    pub net: Vec<NetConfig>,
     /// Shared directories.
     pub fs: Vec<FsConfig>,
     /// The socket device.
@@ -43,6 +54,11 @@ pub struct MachineConfig {
     /// Where the output of a 16550 UART at port 0x3f8 goes; [`ConsoleOutput::None`] leaves it out. With one, the kernel
     /// is told to use it as its console.
     pub debug_uart: ConsoleOutput,
+    /// The most vCPUs that the machine may ever have; nothing: no more than it starts with. Each costs the guest some
+    /// memory, and more than it starts with need `hot_plug`.
+    pub vcpus_max: Option<u8>,
+    /// Whether devices and vCPUs can come and go while the machine runs. Costs the guest a little time when it boots.
+    pub hot_plug: bool,
     /// Whether the machine has the boot timer: a byte 123 written to guest-physical address 0xC000_0000 marks the moment
     /// of `init`.
     pub boot_timer: bool,
@@ -58,19 +74,24 @@ impl MachineConfig {
             cmdline: String::new(),
             vcpus: 1,
             memory: 128 << 20,
+            memory_max: None,
+            balloon: false,
             pmem: Vec::new(),
             disks: Vec::new(),
+            net: Vec::new(),
             fs: Vec::new(),
             vsock: None,
             console: ConsoleOutput::None,
             debug_uart: ConsoleOutput::None,
+            vcpus_max: None,
+            hot_plug: false,
             boot_timer: false,
         }
     }
 }
 
 /// A file that the guest sees as persistent memory: its pages are the host's page cache.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
 pub struct PmemConfig {
     /// The file. Its content must not be truncated while the machine runs.
     pub path: PathBuf,
@@ -79,7 +100,7 @@ pub struct PmemConfig {
 }
 
 /// A file or block device that the guest sees as a disk.
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
 pub struct DiskConfig {
     /// The file or block device.
     pub path: PathBuf,
@@ -88,12 +109,57 @@ pub struct DiskConfig {
 }
 
 /// A directory that the guest can mount by its tag (`mount -t virtiofs TAG /mnt`).
-#[derive(Clone, Debug, Eq, PartialEq)]
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
 pub struct FsConfig {
     /// The tag, 1 to 36 bytes (virtio 1.2, §5.11.4).
     pub tag: String,
     /// The directory.
     pub directory: PathBuf,
+}
+
+/// A device that may come while the machine runs.
+#[derive(Clone, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum DeviceConfig {
+    /// Persistent memory.
+    Pmem(PmemConfig),
+    /// A disk.
+    Blk(DiskConfig),
+    /// A network card.
+    Net(NetConfig),
+    /// A shared directory.
+    Fs(FsConfig),
+}
+
+impl DeviceConfig {
+    /// What its kind is called.
+    #[must_use]
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Pmem(_) => "pmem",
+            Self::Blk(_) => "blk",
+            Self::Net(_) => "net",
+            Self::Fs(_) => "fs",
+        }
+    }
+
+    /// Checks what can be checked without making the device.
+    ///
+    /// # Errors
+    /// The first thing that is wrong, with the remedy.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        match self {
+            Self::Pmem(pmem) => require_file("persistent memory image", &pmem.path),
+            Self::Blk(disk) => require_open("disk", &disk.path, "a file or block device").map(drop),
+            Self::Net(net) => net.validate(),
+            Self::Fs(fs) => {
+                if fs.tag.is_empty() || fs.tag.len() > TAG_MAX {
+                    return Err(ConfigError::Tag(fs.tag.clone()));
+                }
+                require_directory("shared directory", &fs.directory)
+            }
+        }
+    }
 }
 
 /// The socket device and its host side.
@@ -136,12 +202,32 @@ pub enum ConfigError {
     /// Guest memory that is no multiple of the granule.
     #[error("Guest memory of {0} bytes is not a multiple of 2 MiB: round it up to {next} bytes", next = .0.next_multiple_of(MEMORY_GRANULE))]
     MemoryGranule(u64),
+    /// A maximum of guest memory below what the machine starts with.
+    #[error(
+        "The most guest memory, {max} bytes, is less than the {memory} bytes that the guest starts with: give at least those"
+    )]
+    MemoryMax {
+        /// The maximum that was asked for, in bytes.
+        max: u64,
+        /// The memory that was asked for, in bytes.
+        memory: u64,
+    },
     /// No vCPU, or too many.
     #[error("{given} vCPUs are out of range: give 1 to {max}")]
     Vcpus {
         /// What was asked for.
         given: u8,
         /// The most on this host.
+        max: u8,
+    },
+    /// A maximum below the number of vCPUs, or above it in a machine that cannot get more.
+    #[error(
+        "At most {max} vCPUs do not go with {vcpus} at the start: give at least as many, and more only with hot-plug"
+    )]
+    VcpusMax {
+        /// How many at the start.
+        vcpus: u8,
+        /// The maximum as given.
         max: u8,
     },
     /// A file or directory cannot be used.
@@ -179,6 +265,24 @@ pub enum ConfigError {
     /// A shared directory's tag that is empty, too long, or used twice.
     #[error("The tag {0:?} cannot be used: give each shared directory its own tag of 1 to 36 bytes")]
     Tag(String),
+    /// What is no address of a card.
+    #[error("{0:?} is no address of a network card: give a unicast one, for instance 02:00:00:00:00:01")]
+    Mac(String),
+    /// What is no name of an interface.
+    #[error("{0:?} is no name of an interface: give 1 to 15 printable ASCII characters other than / : and %")]
+    InterfaceName(String),
+    /// Two cards on one tap interface.
+    #[error("The tap {0} cannot serve two network cards: give each its own")]
+    TapTwice(String),
+    /// No queue pair, or too many.
+    #[error("{given} queue pairs of a network card are out of range: give 1 to {NET_QUEUES_MAX}")]
+    NetQueues {
+        /// What was asked for.
+        given: usize,
+    },
+    /// An MTU that no network works with.
+    #[error("An MTU of {0} bytes is too small: give at least {MTU_MIN}")]
+    Mtu(u16),
     /// A context id that is reserved.
     #[error("The vsock context id {0} is reserved: give 3 to 4294967294")]
     GuestCid(u32),
@@ -217,6 +321,7 @@ impl MachineConfig {
         self.validate_vcpus(limits.vcpus)?;
         self.validate_cmdline()?;
         self.validate_devices()?;
+        self.validate_taps()?;
         self.validate_files()
     }
 
@@ -225,16 +330,29 @@ impl MachineConfig {
         if self.memory < MEMORY_MIN || self.memory > max {
             return Err(ConfigError::MemoryRange { given: self.memory, min: MEMORY_MIN, max, limit });
         }
-        if !self.memory.is_multiple_of(MEMORY_GRANULE) {
-            return Err(ConfigError::MemoryGranule(self.memory));
+        let memory_max = self.memory_max();
+        if memory_max < self.memory {
+            return Err(ConfigError::MemoryMax { max: memory_max, memory: self.memory });
         }
-        Ok(())
+        if memory_max > max {
+            return Err(ConfigError::MemoryRange { given: memory_max, min: MEMORY_MIN, max, limit });
+        }
+        match [self.memory, memory_max].into_iter().find(|size| !size.is_multiple_of(MEMORY_GRANULE)) {
+            Some(size) => Err(ConfigError::MemoryGranule(size)),
+            None => Ok(()),
+        }
     }
 
     fn validate_vcpus(&self, host_max: u8) -> Result<(), ConfigError> {
         let max = host_max.min(VCPUS_MAX);
-        if self.vcpus == 0 || self.vcpus > max {
-            return Err(ConfigError::Vcpus { given: self.vcpus, max });
+        for given in [self.vcpus, self.vcpus_max()] {
+            if given == 0 || given > max {
+                return Err(ConfigError::Vcpus { given, max });
+            }
+        }
+        let more = self.vcpus_max() != self.vcpus;
+        if self.vcpus_max() < self.vcpus || more && !self.hot_plug {
+            return Err(ConfigError::VcpusMax { vcpus: self.vcpus, max: self.vcpus_max() });
         }
         Ok(())
     }
@@ -256,8 +374,7 @@ impl MachineConfig {
             return Err(ConfigError::TooManyDevices { given });
         }
         for (index, fs) in self.fs.iter().enumerate() {
-            let repeated = self.fs.iter().take(index).any(|other| other.tag == fs.tag);
-            if fs.tag.is_empty() || fs.tag.len() > TAG_MAX || repeated {
+            if self.fs.iter().take(index).any(|other| other.tag == fs.tag) {
                 return Err(ConfigError::Tag(fs.tag.clone()));
             }
         }
@@ -280,36 +397,55 @@ impl MachineConfig {
         if let Some(initrd) = &self.initrd {
             require_file("initrd", initrd)?;
         }
-        for pmem in &self.pmem {
-            require_file("persistent memory image", &pmem.path)?;
-        }
-        for disk in &self.disks {
-            require_open("disk", &disk.path, "a file or block device")?;
-        }
-        for fs in &self.fs {
-            let role = "shared directory";
-            std::fs::read_dir(&fs.directory).map_err(|source| ConfigError::Unusable {
-                role,
-                path: fs.directory.clone(),
-                kind: "a directory",
-                source,
-            })?;
-        }
-        Ok(())
+        self.devices().try_for_each(|device| device.validate())
     }
 
-    /// How many PCI devices the machine has. An entropy device comes with the others; a machine without any has no PCI
-    /// bus either, whose probing would take the guest longer than all the rest of the machine.
+    /// The most memory that the guest can have, in bytes.
+    pub(crate) fn memory_max(&self) -> u64 {
+        self.memory_max.unwrap_or(self.memory)
+    }
+
+    /// The devices that could as well have come later, in the order in which the guest finds them.
+    pub(crate) fn devices(&self) -> impl Iterator<Item = DeviceConfig> {
+        let pmem = self.pmem.iter().cloned().map(DeviceConfig::Pmem);
+        let disks = self.disks.iter().cloned().map(DeviceConfig::Blk);
+        let net = self.net.iter().cloned().map(DeviceConfig::Net);
+        let fs = self.fs.iter().cloned().map(DeviceConfig::Fs);
+        pmem.chain(disks).chain(net).chain(fs)
+    }
+
+    /// How many PCI devices the machine has. An entropy device comes with the others; a machine that has none and gets
+    /// none has no PCI bus either, whose probing would take the guest longer than all the rest of the machine.
     pub(crate) fn device_count(&self) -> usize {
         let console = usize::from(self.console != ConsoleOutput::None);
-        let asked_for =
-            self.pmem.len() + self.disks.len() + self.fs.len() + usize::from(self.vsock.is_some()) + console;
-        if asked_for > 0 { asked_for + 1 } else { 0 }
+        let memory = usize::from(self.memory_max() > self.memory) + usize::from(self.balloon);
+        let asked_for = self.devices().count() + usize::from(self.vsock.is_some()) + console + memory;
+        if asked_for > 0 || self.hot_plug { asked_for + 1 } else { 0 }
+    }
+
+    /// Whether the machine has a PCI bus.
+    pub(crate) fn has_pci(&self) -> bool {
+        self.device_count() > 0
+    }
+
+    /// The most vCPUs that the machine may ever have.
+    pub(crate) fn vcpus_max(&self) -> u8 {
+        self.vcpus_max.unwrap_or(self.vcpus)
     }
 }
 
 fn require_open(role: &'static str, path: &Path, kind: &'static str) -> Result<File, ConfigError> {
     File::open(path).map_err(|source| ConfigError::Unusable { role, path: path.to_path_buf(), kind, source })
+}
+
+fn require_directory(role: &'static str, path: &Path) -> Result<(), ConfigError> {
+    let kind = "a directory";
+    std::fs::read_dir(path).map(drop).map_err(|source| ConfigError::Unusable {
+        role,
+        path: path.to_path_buf(),
+        kind,
+        source,
+    })
 }
 
 fn require_file(role: &'static str, path: &Path) -> Result<(), ConfigError> {
@@ -355,6 +491,16 @@ mod tests {
         }
         let text = refusal(|config, _| config.memory = (128 << 20) + 1);
         assert!(text.contains("round it up to 136314880"), "{text}");
+    }
+
+    #[test]
+    fn memory_that_can_never_be_plugged_is_refused() {
+        let text = refusal(|config, _| config.memory_max = Some(64 << 20));
+        assert!(text.contains("67108864 bytes, is less than the 134217728 bytes"), "{text}");
+        let text = refusal(|config, _| config.memory_max = Some((256 << 20) + 1));
+        assert!(text.contains("round it up to 270532608"), "{text}");
+        let text = refusal(|config, _| config.memory_max = Some(u64::MAX));
+        assert!(text.contains("out of range"), "{text}");
     }
 
     #[test]

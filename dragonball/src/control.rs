@@ -5,8 +5,13 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::manage::Change;
+use crate::platform::hotplug::Told;
 use crate::virtio::device::Activation;
 use crate::vm::ExitReason;
+
+/// Names a device on the `vmm` thread; never used again for another one.
+pub(crate) type DeviceNumber = u64;
 
 /// What the `vmm` thread is asked to do.
 pub(crate) enum Request {
@@ -15,10 +20,35 @@ pub(crate) enum Request {
     /// Something for one device.
     Device {
         /// The device's number.
-        number: usize,
+        number: DeviceNumber,
         /// What it shall do.
         request: DeviceRequest,
     },
+    /// The machine shall change.
+    Change(Change),
+    /// The guest told something by its hot-plug registers.
+    Told {
+        /// What.
+        told: Told,
+        /// Told when it has been carried out.
+        done: Done,
+    },
+    /// A vCPU did as it was told.
+    Vcpu {
+        /// Which one.
+        id: u8,
+        /// What it did.
+        event: VcpuEvent,
+    },
+}
+
+/// What a vCPU did.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub(crate) enum VcpuEvent {
+    /// It stands still.
+    Paused,
+    /// Its thread is about to end.
+    Stopped,
 }
 
 /// What a device is asked to do, by its transport. An answer is the drop of `done`: it comes in any case.

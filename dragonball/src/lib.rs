@@ -4,6 +4,8 @@
 //! handle on it. The machine's threads are `vmm`, which owns all devices, and one `vcpuN` per vCPU.
 
 pub mod config;
+pub mod control_socket;
+pub mod manage;
 pub mod virtio;
 
 mod acpi;
@@ -22,7 +24,10 @@ mod vcpu;
 mod vm;
 
 pub use boot::BootError;
-pub use config::{ConfigError, ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VsockConfig};
+pub use config::{
+    ConfigError, ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MacAddress, MachineConfig, NetConfig, PmemConfig,
+    TapDescriptors, TapSource, VhostMode, VsockConfig,
+};
 pub use kvm::KvmError;
 pub use machine::{StartError, start};
 pub use vm::{ExitReason, Vm};

@@ -8,7 +8,10 @@ use std::time::Duration;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::control::{Control, Request};
+use crate::manage::{BalloonSize, Manager, MemorySize};
+use crate::virtio::balloon::{BalloonControl, BalloonState};
 use crate::virtio::console::ConsoleTail;
+use crate::virtio::mem::{MemControl, MemState};
 
 /// Why a machine ended.
 #[derive(Clone, Debug, Eq, PartialEq)]
@@ -41,7 +44,6 @@ impl std::fmt::Display for ExitReason {
 }
 
 /// What the machine's threads and its owner share.
-#[derive(Debug)]
 pub(crate) struct Shared {
     /// Readable once the machine has ended; never read, so it stays so.
     exit_event: EventFd,
@@ -51,6 +53,10 @@ pub(crate) struct Shared {
     stamps: Mutex<Vec<(&'static str, u64)>>,
     /// What the guest wrote to each of its consoles.
     consoles: Mutex<Vec<ConsoleTail>>,
+    /// Memory in bytes that the machine was started with.
+    boot_memory: OnceLock<u64>,
+    memory: OnceLock<MemControl>,
+    balloon: OnceLock<BalloonControl>,
 }
 
 impl Shared {
@@ -61,12 +67,64 @@ impl Shared {
             exit_reason: OnceLock::new(),
             stamps: Mutex::new(Vec::new()),
             consoles: Mutex::default(),
+            boot_memory: OnceLock::new(),
+            memory: OnceLock::new(),
+            balloon: OnceLock::new(),
         })
     }
 
     /// Another console whose last output is kept.
     pub(crate) fn add_console(&self, tail: ConsoleTail) {
         self.consoles.lock().unwrap_or_else(PoisonError::into_inner).push(tail);
+    }
+
+    /// The machine starts with so many bytes of memory.
+    pub(crate) fn set_boot_memory(&self, bytes: u64) {
+        let _once = self.boot_memory.set(bytes);
+    }
+
+    /// The handle on pluggable memory.
+    pub(crate) fn memory(&self) -> Option<MemControl> {
+        self.memory.get().cloned()
+    }
+
+    /// The handle on the balloon.
+    pub(crate) fn balloon(&self) -> Option<BalloonControl> {
+        self.balloon.get().cloned()
+    }
+
+    /// How much memory the guest has.
+    pub(crate) fn memory_size(&self) -> MemorySize {
+        let boot = self.boot_memory.get().copied().unwrap_or(0);
+        let plug = self.memory.get().map(MemControl::state);
+        let with = |part: fn(MemState) -> u64| boot + plug.map_or(0, part);
+        MemorySize {
+            boot,
+            asked: with(|state| state.requested),
+            present: with(|state| state.plugged),
+            max: with(|state| state.max),
+        }
+    }
+
+    /// How the balloon is.
+    pub(crate) fn balloon_size(&self) -> Option<BalloonSize> {
+        let BalloonState { target, actual, discarded, stats, .. } = self.balloon.get()?.state();
+        Some(BalloonSize { target, actual, discarded, available: stats.available_memory })
+    }
+
+    /// Whether the machine has ended.
+    pub(crate) fn has_ended(&self) -> bool {
+        self.exit_reason.get().is_some()
+    }
+
+    /// The machine has a memory device.
+    pub(crate) fn set_memory(&self, control: MemControl) {
+        let _the_only_one = self.memory.set(control);
+    }
+
+    /// The machine has a balloon.
+    pub(crate) fn set_balloon(&self, control: BalloonControl) {
+        let _the_only_one = self.balloon.set(control);
     }
 
     /// Notes that `name` happened now.
@@ -140,6 +198,12 @@ impl Vm {
         self.shared.exit_reason.get().cloned()
     }
 
+    /// What changes the machine while it runs.
+    #[must_use]
+    pub fn manager(&self) -> Manager {
+        Manager::new(self.control.clone(), Arc::clone(&self.shared))
+    }
+
     /// Asks the machine to end at once, as a power cut would. Returns without waiting for it; the exit event tells.
     pub fn stop(&self) {
         self.control.send(Request::End(ExitReason::Stopped));
@@ -164,6 +228,18 @@ impl Vm {
     #[must_use]
     pub fn stamps(&self) -> Vec<(&'static str, u64)> {
         self.shared.stamps.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The handle on the memory that the guest can get beside its boot memory; nothing when it can get none.
+    #[must_use]
+    pub fn memory(&self) -> Option<MemControl> {
+        self.shared.memory()
+    }
+
+    /// The handle on the balloon; nothing when there is none.
+    #[must_use]
+    pub fn balloon(&self) -> Option<BalloonControl> {
+        self.shared.balloon()
     }
 
     /// The last few KiB of what the guest wrote to its consoles, for error reports.

@@ -7,9 +7,10 @@ use acpi_tables::aml::{
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
-use super::{Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID};
+use super::{Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug};
 use crate::irq::pins;
 use crate::memory::layout::{ECAM, PCI_32, Range};
+use crate::pci::bus::SLOTS;
 use crate::platform::ports;
 
 /// Revision 2 and later have 64-bit integers.
@@ -24,6 +25,9 @@ pub(super) fn build(hardware: &Hardware) -> Vec<u8> {
     if let Some(pci) = hardware.pci {
         host_bridge(&mut aml, pci.window_64);
         motherboard_resources(&mut aml);
+    }
+    if hardware.hot_plug {
+        hotplug::build(&mut aml, SLOTS, hardware.vcpus, hardware.vcpus_max);
     }
     panic_device(&mut aml);
     if hardware.uart {

@@ -17,6 +17,7 @@ use crate::memory::layout::{ACPI, ACPI_SIZE, ECAM, IOAPIC, LOCAL_APIC, Range};
 use crate::platform::ports;
 
 mod dsdt;
+mod hotplug;
 
 /// Who made the tables: six and eight characters, and a revision of no meaning to the guest.
 const OEM_ID: [u8; 6] = *b"TATAMI";
@@ -31,6 +32,10 @@ pub(crate) const RSDP: u64 = ACPI;
 pub(crate) struct Hardware {
     /// How many vCPUs; their APIC ids count from 0.
     pub(crate) vcpus: u8,
+    /// How many there may ever be; no less.
+    pub(crate) vcpus_max: u8,
+    /// Whether devices and vCPUs come and go; needs the PCI bus.
+    pub(crate) hot_plug: bool,
     /// The PCI bus, if there is one.
     pub(crate) pci: Option<Pci>,
     /// Whether there is a debug UART.
@@ -61,7 +66,7 @@ fn build(hardware: &Hardware) -> Vec<u8> {
     let mut image = Image { bytes: vec![0; Rsdp::len()] };
     let dsdt = image.add(&dsdt::build(hardware));
     let fadt = image.add(&bytes_of(&fadt(dsdt)));
-    let madt = image.add(&bytes_of(&madt(hardware.vcpus)));
+    let madt = image.add(&bytes_of(&madt(hardware)));
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -116,10 +121,11 @@ fn fadt(dsdt: u64) -> acpi_tables::fadt::FADT {
 }
 
 /// The interrupt controllers (§5.2.12).
-fn madt(vcpus: u8) -> MADT {
+fn madt(hardware: &Hardware) -> MADT {
     let mut madt = MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, LocalInterruptController::Address(LOCAL_APIC));
-    for id in 0..vcpus {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    for id in 0..hardware.vcpus_max {
+        let status = if id < hardware.vcpus { EnabledStatus::Enabled } else { EnabledStatus::DisabledOnlineCapable };
+        madt.add_structure(ProcessorLocalApic::new(id, id, status));
     }
     // The address of the IOAPIC lies below 4 GiB.
     let address = u32::try_from(IOAPIC.start).unwrap_or_default();

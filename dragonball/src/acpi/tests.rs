@@ -9,7 +9,7 @@ use super::*;
 const WINDOW: Range = Range { start: 64 << 30, length: 1 << 40 };
 
 fn hardware() -> Hardware {
-    Hardware { vcpus: 4, pci: Some(Pci { window_64: Some(WINDOW) }), uart: true }
+    Hardware { vcpus: 4, vcpus_max: 8, hot_plug: true, pci: Some(Pci { window_64: Some(WINDOW) }), uart: true }
 }
 
 fn u64_at(bytes: &[u8], offset: usize) -> u64 {
@@ -53,7 +53,7 @@ fn the_root_pointer_leads_to_every_table() {
 
 #[test]
 fn without_pci_no_table_speaks_of_it() {
-    let image = build(&Hardware { pci: None, ..hardware() });
+    let image = build(&Hardware { pci: None, hot_plug: false, ..hardware() });
     assert!(tables(&image).iter().all(|table| table[..4] != *b"MCFG"));
     let bridge = [0x0c, 0x41, 0xd0, 0x0a, 0x08];
     assert!(!image.windows(bridge.len()).any(|bytes| bytes == bridge), "no PNP0A08");
@@ -61,9 +61,10 @@ fn without_pci_no_table_speaks_of_it() {
 
 proptest! {
     #[test]
-    fn checksums_hold_and_tables_fit_whatever_the_hardware(vcpus in 1_u8..=254, uart: bool, pci: bool, window: bool) {
+    fn checksums_hold_and_tables_fit_whatever_the_hardware(vcpus in 1_u8..=254, more in 0_u8..=253, uart: bool, pci: bool, window: bool) {
         let pci = pci.then(|| Pci { window_64: window.then_some(WINDOW) });
-        let image = build(&Hardware { vcpus, pci, uart });
+        let vcpus_max = vcpus.saturating_add(more).min(254);
+        let image = build(&Hardware { vcpus, vcpus_max, hot_plug: pci.is_some(), pci, uart });
         prop_assert!(image.len() as u64 <= ACPI_SIZE);
         prop_assert_eq!(sum(&image[..20]), 0);
         prop_assert_eq!(sum(&image[..Rsdp::len()]), 0);

@@ -120,7 +120,6 @@ impl IoApic {
     }
 
     /// The level of `pin` is now `high`. Only a level-triggered pin listens.
-    #[cfg_attr(not(test), expect(dead_code, reason = "sources that need it come with legacy interrupts of PCI"))]
     pub(crate) fn set_level(&self, pin: u8, high: bool) {
         let mut state = self.state();
         if pin >= PINS {
@@ -152,7 +151,8 @@ impl IoApic {
             // Going to edge and back is how kernels clear a stuck interrupt.
             *entry &= !REMOTE_IRR;
         }
-        let watched = *entry & (LEVEL | MASKED) == LEVEL;
+        // Masked or not: kernels mask a pin before they end its interrupt.
+        let watched = *entry & LEVEL != 0;
         self.sink.watch_end(pin, watched.then(|| message_of(*entry)));
         self.deliver_level(state, pin);
     }
@@ -238,14 +238,22 @@ mod tests {
 
     use super::*;
 
+    /// What was sent, and whose ends are watched.
     #[derive(Default)]
-    struct Sent(Mutex<Vec<Message>>);
+    struct Sent(Mutex<Vec<Message>>, Mutex<std::collections::BTreeSet<u8>>);
 
     impl MessageSink for Sent {
         fn send(&self, message: Message) {
             self.0.lock().unwrap().push(message);
         }
-        fn watch_end(&self, _pin: u8, _message: Option<Message>) {}
+        fn watch_end(&self, pin: u8, message: Option<Message>) {
+            let mut watched = self.1.lock().unwrap();
+            if message.is_some() {
+                watched.insert(pin)
+            } else {
+                watched.remove(&pin)
+            };
+        }
     }
 
     fn ioapic() -> (Arc<Sent>, IoApic) {
@@ -310,6 +318,20 @@ mod tests {
         assert_eq!(count(&sent), 0);
         program(&ioapic, 5, LEVEL | 0x51);
         assert_eq!(count(&sent), 1);
+    }
+
+    #[test]
+    fn the_end_of_an_interrupt_is_seen_whose_pin_was_masked_meanwhile() {
+        let (sent, ioapic) = ioapic();
+        program(&ioapic, 5, LEVEL | 0x51);
+        ioapic.set_level(5, true);
+        program(&ioapic, 5, LEVEL | MASKED | 0x51);
+        assert!(sent.1.lock().unwrap().contains(&5));
+        ioapic.end_of_interrupt(0x51);
+        program(&ioapic, 5, LEVEL | 0x51);
+        assert_eq!(count(&sent), 2, "the level is still high");
+        program(&ioapic, 5, 0x51);
+        assert!(sent.1.lock().unwrap().is_empty());
     }
 
     #[test]

@@ -7,6 +7,8 @@ pub(crate) mod router;
 pub(crate) mod pins {
     /// The debug UART, where every PC has it.
     pub(crate) const UART: u8 = 4;
+    /// The hot-plug registers; level-triggered.
+    pub(crate) const HOT_PLUG: u8 = 5;
 }
 
 /// A message that raises an interrupt (Intel SDM vol. 3, §11.11).

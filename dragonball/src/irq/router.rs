@@ -18,6 +18,13 @@ use super::ioapic::PINS;
 #[derive(Clone, Copy, Debug, Eq, Ord, PartialEq, PartialOrd)]
 pub(crate) struct Gsi(u32);
 
+impl Gsi {
+    /// The number as KVM has it.
+    pub(crate) const fn number(self) -> u32 {
+        self.0
+    }
+}
+
 /// KVM takes up to 4096 routes; the IOAPIC's pins come first.
 const GSI_END: u32 = 4096;
 

@@ -1,5 +1,6 @@
-//! The devices of a configuration, and the debug UART.
+//! The devices of a machine: made from their configuration, put into slots, taken out again.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsFd, OwnedFd};
@@ -9,93 +10,347 @@ use std::sync::Arc;
 use vm_memory::GuestAddress;
 
 use super::StartError;
-use super::event_loop::DeviceWorker;
-use crate::config::{ConsoleOutput, MachineConfig, PmemConfig};
+use super::worker::DeviceWorker;
+use crate::config::{ConsoleOutput, DeviceConfig, MachineConfig};
+use crate::control::DeviceNumber;
 use crate::irq::ioapic::IoApic;
-use crate::memory::AddressSpace;
-use crate::memory::layout::{HighMemory, PCI_32};
-use crate::pci::bus::PciBus;
+use crate::manage::{ChangeError, DeviceInfo, Presence, RangeInfo};
+use crate::memory::layout::{HighMemory, PCI_32, Range};
+use crate::memory::listener::DmaListeners;
+use crate::memory::{AddressSpace, PluggableMemory, SlotAccess, SlotId};
+use crate::pci::bus::{PciBus, SLOTS};
 use crate::platform::uart::Uart;
+use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
 use crate::virtio::device::VirtioDevice;
 use crate::virtio::fs::Fs;
-use crate::virtio::pci::{Hardware, REGION_LENGTH, Transport};
+use crate::virtio::mem::Mem;
+use crate::virtio::net::Net;
+use crate::virtio::pci::{Hardware, Lines, REGION_LENGTH, Transport};
 use crate::virtio::pmem::{Pmem, PmemMode};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 use crate::vm::Shared;
 
-/// The devices of a machine as they are put together.
-pub(super) struct Devices {
-    pub(super) hardware: Hardware,
-    pub(super) bus: PciBus,
-    pub(super) high: HighMemory,
-    pub(super) address_space: AddressSpace,
-    pub(super) workers: Vec<DeviceWorker>,
+type Cause = Box<dyn std::error::Error + Send + Sync>;
+
+/// A device that could not be made, and why.
+#[derive(Debug)]
+pub(crate) struct Unmade {
+    device: &'static str,
+    source: Cause,
 }
 
-fn refused<E: Into<Box<dyn std::error::Error + Send + Sync>>>(device: &str) -> impl FnOnce(E) -> StartError {
-    move |source| StartError::Device { device: device.to_owned(), source: source.into() }
+impl From<Unmade> for StartError {
+    fn from(Unmade { device, source }: Unmade) -> Self {
+        Self::Device { device: device.to_owned(), source }
+    }
+}
+
+impl From<Unmade> for ChangeError {
+    fn from(Unmade { device, source }: Unmade) -> Self {
+        Self::Device { device, source }
+    }
+}
+
+fn unmade<E: Into<Cause>>(device: &'static str) -> impl FnOnce(E) -> Unmade {
+    move |source| Unmade { device, source: source.into() }
+}
+
+/// A device that has what it needs of the host, and no place in a machine yet.
+pub(crate) struct PreparedDevice {
+    kind: &'static str,
+    part: Part,
+}
+
+enum Part {
+    /// Persistent memory is shown to the guest beside its registers.
+    Pmem {
+        device: Pmem,
+        read_only: bool,
+    },
+    Other(Box<dyn VirtioDevice>),
+}
+
+impl PreparedDevice {
+    /// Opens what the device works on. May take long: not to be called on the `vmm` thread while the machine runs.
+    pub(crate) fn open(config: &DeviceConfig) -> Result<Self, Unmade> {
+        let kind = config.kind();
+        let part = match config {
+            DeviceConfig::Pmem(pmem) => {
+                let mode = if pmem.read_only { PmemMode::ReadOnly } else { PmemMode::CopyOnWrite };
+                let device = Pmem::open(&pmem.path, mode).map_err(unmade(kind))?;
+                Part::Pmem { device, read_only: pmem.read_only }
+            }
+            DeviceConfig::Blk(disk) => {
+                Part::Other(Box::new(Blk::open(&disk.path, disk.read_only).map_err(unmade(kind))?))
+            }
+            DeviceConfig::Net(net) => Part::Other(Box::new(Net::open(net).map_err(unmade(kind))?)),
+            DeviceConfig::Fs(fs) => Part::Other(Box::new(Fs::new(&fs.tag, &fs.directory).map_err(unmade(kind))?)),
+        };
+        Ok(Self { kind, part })
+    }
+
+    fn other(kind: &'static str, device: impl VirtioDevice + 'static) -> Self {
+        Self { kind, part: Part::Other(Box::new(device)) }
+    }
+}
+
+/// The devices of a machine.
+pub(super) struct Devices {
+    hardware: Hardware,
+    bus: Arc<PciBus>,
+    high: HighMemory,
+    address_space: AddressSpace,
+    listeners: DmaListeners,
+    /// By slot.
+    attached: BTreeMap<u8, Attached>,
+    next_number: DeviceNumber,
+    window_64: Option<Range>,
+}
+
+/// A device in its slot.
+pub(super) struct Attached {
+    pub(super) name: String,
+    pub(super) number: DeviceNumber,
+    pub(super) presence: Presence,
+    /// It came with the machine and goes with it.
+    pub(super) fixed: bool,
+    kind: &'static str,
+    lines: Arc<Lines>,
+    /// Guest-physical memory beside its registers.
+    memory: Option<PmemPlace>,
+}
+
+/// Where persistent memory is shown to the guest.
+struct PmemPlace {
+    range: Range,
+    slot: SlotId,
 }
 
 impl Devices {
+    pub(super) fn new(
+        hardware: Hardware,
+        high: HighMemory,
+        address_space: AddressSpace,
+        listeners: DmaListeners,
+    ) -> Self {
+        Self {
+            hardware,
+            bus: Arc::new(PciBus::default()),
+            high,
+            address_space,
+            listeners,
+            attached: BTreeMap::new(),
+            next_number: 0,
+            window_64: None,
+        }
+    }
+
+    /// The bus that the devices are on.
+    pub(super) fn bus(&self) -> &Arc<PciBus> {
+        &self.bus
+    }
+
+    /// The 64-bit PCI window: there once [`Self::add_all`] has placed what the machine starts with.
+    pub(super) fn window_64(&self) -> Option<Range> {
+        self.window_64
+    }
+
     /// Makes every device of `config`, in the order in which the guest shall find them.
-    pub(super) fn add_all(&mut self, config: &MachineConfig, shared: &Shared) -> Result<(), StartError> {
-        if config.device_count() == 0 {
-            return Ok(());
+    pub(super) fn add_all(
+        &mut self,
+        config: &MachineConfig,
+        shared: &Shared,
+    ) -> Result<Vec<(DeviceNumber, DeviceWorker)>, StartError> {
+        let mut workers = Vec::new();
+        if !config.has_pci() {
+            return Ok(workers);
         }
-        self.add("rng", Box::new(Rng::new()))?;
-        for pmem in &config.pmem {
-            self.add_pmem(pmem)?;
+        let memory_devices = self.memory_devices(config, shared)?;
+        let mut add = |device: PreparedDevice, fixed: bool| -> Result<(), StartError> {
+            let kind = device.kind;
+            let slot = self.bus.free_slot().ok_or_else(|| unmade(kind)("the PCI bus has no slot left"))?;
+            let name = self.free_name(kind);
+            workers.push(self.attach(slot, name, device, fixed)?);
+            Ok(())
+        };
+        add(PreparedDevice::other("rng", Rng::new()), true)?;
+        for device in memory_devices {
+            add(device, true)?;
         }
-        for disk in &config.disks {
-            self.add("blk", Box::new(Blk::open(&disk.path, disk.read_only).map_err(refused("blk"))?))?;
-        }
-        for fs in &config.fs {
-            self.add("fs", Box::new(Fs::new(&fs.tag, &fs.directory).map_err(refused("fs"))?))?;
+        for device in config.devices() {
+            add(PreparedDevice::open(&device)?, false)?;
         }
         if let Some(vsock) = &config.vsock {
-            let device = Vsock::new(u64::from(vsock.guest_cid), &vsock.socket).map_err(refused("vsock"))?;
-            self.add("vsock", Box::new(device))?;
+            let device = Vsock::new(u64::from(vsock.guest_cid), &vsock.socket).map_err(unmade("vsock"))?;
+            add(PreparedDevice::other("vsock", device), true)?;
         }
         if config.console != ConsoleOutput::None {
-            let (output, input) = console_ends(&config.console).map_err(refused("console"))?;
+            let (output, input) = console_ends(&config.console).map_err(unmade("console"))?;
             let console = Console::new(output, input);
             shared.add_console(console.tail());
-            self.add("console", Box::new(console))?;
+            add(PreparedDevice::other("console", console), true)?;
         }
-        Ok(())
+        self.window_64 = self.high.pci_window();
+        Ok(workers)
     }
 
-    /// Gives a device its transport and its slot.
-    fn add(&mut self, name: &'static str, device: Box<dyn VirtioDevice>) -> Result<(), StartError> {
-        let number = self.workers.len();
-        // There are at most 32 functions of 16 KiB in a window of more than 600 MiB.
-        let address = PCI_32.start + u64::from(REGION_LENGTH) * number as u64;
-        let address = u32::try_from(address).map_err(io::Error::other).map_err(refused(name))?;
+    /// Adds a device to the running machine; its slot says so to nobody yet.
+    pub(super) fn add(
+        &mut self,
+        name: Option<String>,
+        device: PreparedDevice,
+    ) -> Result<(u8, DeviceNumber, DeviceWorker), ChangeError> {
+        const NAME_MAX: usize = 64;
+        let name = match name {
+            Some(name) if name.is_empty() || name.len() > NAME_MAX || self.find(&name).is_some() => {
+                return Err(ChangeError::Name(name));
+            }
+            Some(name) => name,
+            None => self.free_name(device.kind),
+        };
+        let slot = self.bus.free_slot().ok_or(ChangeError::NoSlot)?;
+        let (number, worker) = self.attach(slot, name, device, false)?;
+        Ok((slot, number, worker))
+    }
+
+    /// Gives a device its transport and its slot. Nothing of it is left when that fails.
+    fn attach(
+        &mut self,
+        slot: u8,
+        name: String,
+        device: PreparedDevice,
+        fixed: bool,
+    ) -> Result<(DeviceNumber, DeviceWorker), Unmade> {
+        let kind = device.kind;
+        let (device, memory) = match device.part {
+            Part::Other(device) => (device, None),
+            Part::Pmem { device, read_only } => {
+                let (device, place) = self.place_pmem(device, read_only)?;
+                (device, Some(place))
+            }
+        };
+        // There are 31 regions of 16 KiB in a window of more than 600 MiB.
+        let address = PCI_32.start + u64::from(REGION_LENGTH) * u64::from(slot - SLOTS.start);
+        let address = u32::try_from(address).map_err(io::Error::other).map_err(unmade(kind))?;
+        let number = self.next_number;
         let transport =
-            Transport::new(self.hardware.clone(), device.as_ref(), number, address).map_err(refused(name))?;
+            Transport::new(self.hardware.clone(), device.as_ref(), number, address).map_err(unmade(kind))?;
         let lines = Arc::clone(transport.lines());
-        let no_slot = || refused(name)("the PCI bus has no slot left");
-        self.bus.add(Arc::new(transport)).ok_or_else(no_slot)?;
-        self.workers.push(DeviceWorker::new(name, device, lines));
-        Ok(())
+        if !self.bus.add(slot, Arc::new(transport)) {
+            return Err(unmade(kind)("its slot is taken"));
+        }
+        self.next_number += 1;
+        let presence = Presence::Present;
+        let attached = Attached { name, number, presence, fixed, kind, lines: Arc::clone(&lines), memory };
+        self.attached.insert(slot, attached);
+        Ok((number, DeviceWorker::new(kind, device, lines)))
     }
 
-    fn add_pmem(&mut self, config: &PmemConfig) -> Result<(), StartError> {
-        let mode = if config.read_only { PmemMode::ReadOnly } else { PmemMode::CopyOnWrite };
-        let mut pmem = Pmem::open(&config.path, mode).map_err(refused("pmem"))?;
+    /// Makes the devices by which the guest gets memory beside its boot memory and gives memory back.
+    fn memory_devices(&self, config: &MachineConfig, shared: &Shared) -> Result<Vec<PreparedDevice>, StartError> {
+        let mut devices = Vec::new();
+        let space = Some(self.address_space.clone());
+        if let Some(memory) = PluggableMemory::new(&self.hardware.memory, space, self.listeners.clone()) {
+            let mem = Mem::new(memory, config.memory_max() - config.memory).map_err(unmade("mem"))?;
+            shared.set_memory(mem.control());
+            devices.push(PreparedDevice::other("mem", mem));
+        }
+        if config.balloon {
+            let balloon = Balloon::new(self.listeners.clone(), config.memory_max()).map_err(unmade("balloon"))?;
+            shared.set_balloon(balloon.control());
+            devices.push(PreparedDevice::other("balloon", balloon));
+        }
+        Ok(devices)
+    }
+
+    fn place_pmem(&mut self, mut pmem: Pmem, read_only: bool) -> Result<(Box<dyn VirtioDevice>, PmemPlace), Unmade> {
         let mapping = pmem.mapping();
-        let no_room = || refused("pmem")("the guest's address space has no room left");
+        let no_room = || unmade("pmem")("the guest's address space has no room left");
         let range = self.high.place_pmem(mapping.len()).ok_or_else(no_room)?;
         let host = mapping.host_address().as_ptr() as u64;
-        // SAFETY: the mapping is as long as the range and lives in the device, which the `vmm` thread drops after it
-        // has joined the vCPUs.
-        unsafe { self.address_space.add_device_memory(range, host, config.read_only) }.map_err(refused("pmem"))?;
+        let access = if read_only { SlotAccess::ReadOnly } else { SlotAccess::ReadWrite };
+        // SAFETY: the mapping is as long as the range and lives in the device, which the `vmm`
+        // thread drops after it has removed the slot or joined the vCPUs.
+        let slot = unsafe { self.address_space.add(range, host, access) }.map_err(unmade("pmem"))?;
         pmem.set_start(GuestAddress(range.start));
-        self.add("pmem", Box::new(pmem))
+        Ok((Box::new(pmem), PmemPlace { range, slot }))
     }
+
+    /// Takes the device out of its slot, and gives the number of the worker that the loop may drop now: none when the
+    /// guest could still reach the worker's memory.
+    pub(super) fn detach(&mut self, slot: u8) -> Option<DeviceNumber> {
+        let attached = self.attached.remove(&slot)?;
+        self.bus.remove(slot);
+        attached.memory.is_none_or(|place| self.hide(place)).then_some(attached.number)
+    }
+
+    /// Takes memory from the guest; false when KVM does not.
+    fn hide(&mut self, PmemPlace { range, slot }: PmemPlace) -> bool {
+        match self.address_space.remove(slot) {
+            Ok(()) => {
+                self.high.free_pmem(range);
+            }
+            Err(error) => {
+                tracing::error!(%error, ?range, "KVM does not take persistent memory from the guest; it stays mapped");
+                return false;
+            }
+        }
+        true
+    }
+
+    /// The slot of the device of this name.
+    pub(super) fn find(&self, name: &str) -> Option<u8> {
+        self.attached.iter().find(|(_, attached)| attached.name == name).map(|(slot, _)| *slot)
+    }
+
+    /// The slot of the device of this number.
+    pub(super) fn find_number(&self, number: DeviceNumber) -> Option<u8> {
+        self.attached.iter().find(|(_, attached)| attached.number == number).map(|(slot, _)| *slot)
+    }
+
+    /// The device in `slot`.
+    pub(super) fn at(&mut self, slot: u8) -> Option<&mut Attached> {
+        self.attached.get_mut(&slot)
+    }
+
+    /// The first name of this kind that no device has: `blk0`, `blk1` …
+    fn free_name(&self, kind: &str) -> String {
+        // There are fewer devices than numbers to try.
+        (0..=self.attached.len())
+            .map(|number| format!("{kind}{number}"))
+            .find(|name| self.find(name).is_none())
+            .unwrap_or_else(|| kind.to_owned())
+    }
+
+    /// All devices by their slots.
+    pub(super) fn info(&self) -> Vec<DeviceInfo> {
+        self.attached.keys().filter_map(|slot| self.info_of(*slot)).collect()
+    }
+
+    /// The device in `slot`.
+    pub(super) fn info_of(&self, slot: u8) -> Option<DeviceInfo> {
+        let attached = self.attached.get(&slot)?;
+        let bars = self.bus.decoded(slot).into_iter();
+        let mut ranges: Vec<_> = bars.map(|(bar, range)| range_info(range, &format!("BAR{bar}"))).collect();
+        ranges.extend(attached.memory.as_ref().map(|place| range_info(place.range, "memory")));
+        Some(DeviceInfo {
+            name: attached.name.clone(),
+            kind: attached.kind.to_owned(),
+            address: format!("0000:00:{slot:02x}.0"),
+            slot,
+            presence: attached.presence,
+            ranges,
+            interrupts: attached.lines.routes(),
+        })
+    }
+}
+
+/// A range for people and machines to read.
+pub(super) fn range_info(range: Range, what: &str) -> RangeInfo {
+    RangeInfo { start: range.start, length: range.length, what: what.to_owned() }
 }
 
 /// Makes the debug UART, if one is asked for.
@@ -107,7 +362,7 @@ pub(super) fn debug_uart(
     let output: Box<dyn Write + Send> = match &config.debug_uart {
         ConsoleOutput::None => return Ok(None),
         ConsoleOutput::Stdio => Box::new(io::stdout()),
-        ConsoleOutput::File(path) => Box::new(append_to(path).map_err(refused("debug UART"))?),
+        ConsoleOutput::File(path) => Box::new(append_to(path).map_err(unmade("debug UART"))?),
     };
     let tail = ConsoleTail::default();
     shared.add_console(tail.clone());

@@ -1,89 +1,26 @@
 //! The `vmm` thread: it owns all devices, works off their events and the requests of vCPUs and the machine's owner, and
 //! ends the machine.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::Receiver;
+use std::time::Instant;
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberId, SubscriberOps};
-use kvm_ioctls::VcpuFd;
 use vmm_sys_util::eventfd::EventFd;
+use vmm_sys_util::timerfd::TimerFd;
 
+use super::hot_plug::HotPlug;
 use super::input::Input;
-use crate::control::{DeviceRequest, Mailbox, Request};
-use crate::vcpu::{Context, Vcpu};
-use crate::virtio::device::{DeviceError, EventRegistry, Interrupt, Outcome, VirtioDevice};
-use crate::virtio::pci::Lines;
+use super::worker::{DeviceWorker, Effect};
+use crate::control::{DeviceNumber, Mailbox, Request};
+use crate::virtio::device::EventRegistry;
 use crate::vm::{ExitReason, Shared};
 
 /// The most events taken from the kernel at once.
 const EVENTS: usize = 32;
-
-/// A device and its side of the transport.
-pub(crate) struct DeviceWorker {
-    name: &'static str,
-    device: Box<dyn VirtioDevice>,
-    lines: Arc<Lines>,
-}
-
-impl DeviceWorker {
-    pub(crate) fn new(name: &'static str, device: Box<dyn VirtioDevice>, lines: Arc<Lines>) -> Self {
-        Self { name, device, lines }
-    }
-
-    fn handle_request(&mut self, request: DeviceRequest, events: &mut dyn EventRegistry) {
-        match request {
-            DeviceRequest::Activate(activation) => {
-                let result = self.device.activate(activation, events);
-                self.settle(result, events);
-            }
-            DeviceRequest::Reset(done) => {
-                self.device.reset(events);
-                self.lines.set_config(self.device.config());
-                drop(done);
-            }
-            DeviceRequest::WriteConfig { offset, data, done } => {
-                self.device.write_config(offset, &data);
-                self.lines.set_config(self.device.config());
-                drop(done);
-            }
-        }
-    }
-
-    fn handle_event(&mut self, token: u32, ready: EventSet, events: &mut dyn EventRegistry) {
-        match self.device.handle_event(token, ready, events) {
-            Ok(Outcome::Done) => {}
-            Ok(Outcome::ConfigChanged) => {
-                self.lines.set_config(self.device.config());
-                self.lines.signal_config();
-            }
-            Err(error) => self.settle(Err(error), events),
-        }
-    }
-
-    /// A device that failed is taken from its rings until the driver resets it.
-    fn settle(&mut self, result: Result<(), DeviceError>, events: &mut dyn EventRegistry) {
-        if let Err(error) = result {
-            tracing::warn!(device = self.name, error = %chain(&error), "the device needs a reset by the guest");
-            self.device.reset(events);
-            self.lines.set_broken();
-        }
-        self.lines.set_config(self.device.config());
-    }
-}
-
-/// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
-}
 
 /// What the loop gives events to.
 enum Subscriber {
@@ -92,6 +29,8 @@ enum Subscriber {
     Away,
     Mailbox(Arc<EventFd>),
     Input(Input),
+    /// Wakes the loop when a guest has had its time.
+    Deadline(TimerFd),
 }
 
 /// The loop as a device sees it.
@@ -136,6 +75,10 @@ impl MutEventSubscriber for Subscriber {
                     let _ = ops.remove(events);
                 }
             }
+            Self::Deadline(timer) => {
+                // Only resets the counter: deadlines are looked at after every round of events.
+                let _ = timer.wait();
+            }
         }
     }
 
@@ -144,6 +87,7 @@ impl MutEventSubscriber for Subscriber {
             Self::Device(_) | Self::Away => return,
             Self::Mailbox(wake) => wake.as_raw_fd(),
             Self::Input(input) => input.as_raw_fd(),
+            Self::Deadline(timer) => timer.as_raw_fd(),
         };
         if let Err(error) = ops.add(watched(fd, 0, EventSet::IN)) {
             // epoll does not take regular files and `/dev/null` as input: there is nobody to type anything then.
@@ -156,69 +100,64 @@ impl MutEventSubscriber for Subscriber {
 pub(crate) struct Machine {
     pub(crate) shared: Arc<Shared>,
     pub(crate) mailbox: Mailbox,
-    pub(crate) devices: Vec<DeviceWorker>,
+    pub(crate) workers: Vec<(DeviceNumber, DeviceWorker)>,
+    pub(crate) hot_plug: HotPlug,
     pub(crate) input: Option<Input>,
-    pub(crate) ending: Arc<AtomicBool>,
     /// Held until the vCPUs have ended.
     pub(crate) memory: crate::memory::GuestRam,
 }
 
 /// The body of the `vmm` thread: lets the vCPUs run and returns when the machine has ended.
-pub(crate) fn run(machine: Machine, vcpus: Vec<VcpuFd>, context: Context) {
-    let Machine { shared, mailbox, devices, input, ending, memory } = machine;
-    let mut running = Vec::with_capacity(vcpus.len());
-    let mut event_loop = None;
-    let started = Loop::new(&mailbox, devices, input).and_then(|made| {
-        event_loop = Some(made);
-        start_vcpus(vcpus, context, &mut running)
+pub(crate) fn run(machine: Machine) {
+    let Machine { shared, mailbox, workers, mut hot_plug, input, memory } = machine;
+    let started = Loop::new(&mailbox, workers, input).and_then(|made| {
+        hot_plug.vcpus.start_all()?;
+        Ok(made)
     });
-    let reason = match (&mut event_loop, started) {
-        (Some(event_loop), Ok(())) => {
+    let (reason, event_loop) = match started {
+        Ok(mut event_loop) => {
             shared.stamp("vcpus started");
-            event_loop.until_end(&mailbox.requests)
+            (event_loop.until_end(&mailbox.requests, &mut hot_plug), Some(event_loop))
         }
-        (_, Err(error)) => ExitReason::Failed(format!("the machine's threads cannot be set up: {error}")),
-        (None, Ok(())) => ExitReason::Failed("the event loop is missing".to_owned()),
+        Err(error) => (ExitReason::Failed(format!("the machine's threads cannot be set up: {error}")), None),
     };
 
-    ending.store(true, Ordering::Release);
-    running.iter().for_each(Vcpu::kick);
+    hot_plug.vcpus.stop_all();
     // A vCPU that waits for an answer gets none from here on: its request is dropped with the mailbox.
     drop(mailbox);
-    running.into_iter().for_each(Vcpu::join);
-    if let Some(event_loop) = &mut event_loop {
-        event_loop.reset_devices();
+    hot_plug.vcpus.join_all();
+    if let Some(mut event_loop) = event_loop {
+        event_loop.stop_devices();
     }
-    drop(event_loop);
+    drop(hot_plug);
     drop(memory);
     shared.ended(reason);
 }
 
-fn start_vcpus(vcpus: Vec<VcpuFd>, context: Context, running: &mut Vec<Vcpu>) -> io::Result<()> {
-    for (id, vcpu) in vcpus.into_iter().enumerate() {
-        running.push(Vcpu::start(id, vcpu, context.clone())?);
-    }
-    Ok(())
-}
-
-struct Loop {
+/// The loop and what it gives events to.
+pub(super) struct Loop {
     manager: EventManager<Subscriber>,
-    devices: Vec<SubscriberId>,
+    workers: BTreeMap<DeviceNumber, SubscriberId>,
+    deadline: SubscriberId,
 }
 
 impl Loop {
-    fn new(mailbox: &Mailbox, devices: Vec<DeviceWorker>, input: Option<Input>) -> io::Result<Self> {
+    fn new(mailbox: &Mailbox, workers: Vec<(DeviceNumber, DeviceWorker)>, input: Option<Input>) -> io::Result<Self> {
         let mut manager = EventManager::new_with_capacity(EVENTS).map_err(into_io)?;
         manager.add_subscriber(Subscriber::Mailbox(Arc::clone(&mailbox.wake)));
         if let Some(input) = input {
             manager.add_subscriber(Subscriber::Input(input));
         }
-        let devices = devices.into_iter().map(|device| manager.add_subscriber(Subscriber::Device(device))).collect();
-        Ok(Self { manager, devices })
+        let deadline = manager.add_subscriber(Subscriber::Deadline(TimerFd::new()?));
+        let mut made = Self { manager, workers: BTreeMap::new(), deadline };
+        for (number, worker) in workers {
+            made.add_worker(number, worker);
+        }
+        Ok(made)
     }
 
     /// Works until something ends the machine.
-    fn until_end(&mut self, requests: &Receiver<Request>) -> ExitReason {
+    fn until_end(&mut self, requests: &Receiver<Request>, hot_plug: &mut HotPlug) -> ExitReason {
         loop {
             if let Err(error) = self.manager.run() {
                 let interrupted = matches!(&error, event_manager::Error::Epoll(errno) if errno.errno() == libc::EINTR);
@@ -230,30 +169,78 @@ impl Loop {
                 match request {
                     Request::End(reason) => return reason,
                     Request::Device { number, request } => {
-                        self.with_device(number, |worker, events| worker.handle_request(request, events));
+                        let effect = self.with_worker(number, |worker, events| worker.handle_request(request, events));
+                        if effect == Some(Effect::Activated) {
+                            hot_plug.activated(number);
+                        }
                     }
+                    Request::Change(change) => hot_plug.change(self, change),
+                    Request::Told { told, done } => {
+                        hot_plug.told(self, told);
+                        drop(done);
+                    }
+                    Request::Vcpu { id, event } => hot_plug.vcpu_event(id, event),
                 }
             }
+            hot_plug.expire(self, Instant::now());
         }
     }
 
-    /// Calls `action` with a device and its view of the loop.
-    fn with_device(&mut self, number: usize, action: impl FnOnce(&mut DeviceWorker, &mut dyn EventRegistry)) {
-        let Some(id) = self.devices.get(number).copied() else { return };
+    /// Gives a device to the loop.
+    pub(super) fn add_worker(&mut self, number: DeviceNumber, worker: DeviceWorker) {
+        let id = self.manager.add_subscriber(Subscriber::Device(worker));
+        self.workers.insert(number, id);
+    }
+
+    /// Takes a device from the loop, its rings and its events, and drops it.
+    pub(super) fn remove_worker(&mut self, number: DeviceNumber) {
+        self.with_worker(number, DeviceWorker::stop);
+        if let Some(id) = self.workers.remove(&number) {
+            // It is known: it was added and not removed since.
+            drop(self.manager.remove_subscriber(id));
+        }
+    }
+
+    /// Wakes the loop at `deadline`, or no longer.
+    pub(super) fn wake_at(&mut self, deadline: Option<Instant>) {
+        let Ok(Subscriber::Deadline(timer)) = self.manager.subscriber_mut(self.deadline) else { return };
+        let result = match deadline {
+            // A timer of 0 would be none.
+            Some(deadline) => {
+                let left = deadline.saturating_duration_since(Instant::now());
+                timer.reset(left.max(std::time::Duration::from_nanos(1)), None)
+            }
+            None => timer.clear(),
+        };
+        if let Err(error) = result {
+            tracing::warn!(%error, "a deadline cannot be set");
+        }
+    }
+
+    /// Calls `action` with a device and its view of the loop; nothing when there is no such device.
+    fn with_worker<T>(
+        &mut self,
+        number: DeviceNumber,
+        action: impl FnOnce(&mut DeviceWorker, &mut dyn EventRegistry) -> T,
+    ) -> Option<T> {
+        let id = self.workers.get(&number).copied()?;
         // The loop lends either the subscriber or its registrations, so the device leaves the loop for the call.
-        let Ok(subscriber) = self.manager.subscriber_mut(id) else { return };
+        let subscriber = self.manager.subscriber_mut(id).ok()?;
         let mut taken = std::mem::replace(subscriber, Subscriber::Away);
+        let mut result = None;
         if let (Subscriber::Device(worker), Ok(mut ops)) = (&mut taken, self.manager.event_ops(id)) {
-            action(worker, &mut Registry(&mut ops));
+            result = Some(action(worker, &mut Registry(&mut ops)));
         }
         if let Ok(subscriber) = self.manager.subscriber_mut(id) {
             *subscriber = taken;
         }
+        result
     }
 
-    fn reset_devices(&mut self) {
-        for number in 0..self.devices.len() {
-            self.with_device(number, |worker, events| worker.device.reset(events));
+    fn stop_devices(&mut self) {
+        let numbers: Vec<_> = self.workers.keys().copied().collect();
+        for number in numbers {
+            self.with_worker(number, DeviceWorker::stop);
         }
     }
 }

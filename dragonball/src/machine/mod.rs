@@ -3,9 +3,14 @@
 mod build;
 mod devices;
 mod event_loop;
+mod hot_plug;
 mod input;
+mod vcpus;
+mod worker;
 
 use std::sync::Arc;
+
+pub(crate) use devices::PreparedDevice;
 
 use crate::boot::BootError;
 use crate::config::{ConfigError, MachineConfig};

@@ -4,8 +4,10 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-use vm_memory::MmapRegion;
 use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MmapRegion};
+
+use super::blocks::BLOCK;
 
 /// The name of guest RAM in `/proc/<pid>/smaps` (`[anon:guest-ram]`), so that it can be told from the monitor's own.
 const RAM_NAME: &std::ffi::CStr = c"guest-ram";
@@ -20,13 +22,94 @@ pub(crate) fn anonymous(length: usize) -> io::Result<MmapRegion> {
         .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
         .build()
         .map_err(io::Error::other)?;
-    // SAFETY: the range is the mapping just made, the name is NUL-terminated and copied by the kernel. Kernels without
-    // names for anonymous memory refuse, which changes nothing but the name.
-    unsafe {
-        libc::prctl(libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME, region.as_ptr(), length, RAM_NAME.as_ptr());
-    }
+    name_as_ram(&region);
     keep_out_of_dumps(region.as_ptr().cast(), length)?;
     Ok(region)
+}
+
+/// Reserves addresses for `length` bytes of memory, a multiple of [`BLOCK`], of which nothing can be accessed before it
+/// is opened ([`open`]). They begin at a multiple of [`BLOCK`], so that huge pages fit. Returns that view, and the mapping
+/// that it is a part of, which must live as long.
+///
+/// # Errors
+/// When the host has no room.
+pub(crate) fn reserve(length: u64) -> io::Result<(MmapRegion, MmapRegion)> {
+    let with_room = length.checked_add(BLOCK).ok_or(io::ErrorKind::InvalidInput)?;
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let owner = MmapRegionBuilder::new(usize::try_from(with_room).map_err(io::Error::other)?)
+        .with_mmap_prot(libc::PROT_NONE)
+        .with_mmap_flags(flags)
+        .build()
+        .map_err(io::Error::other)?;
+    name_as_ram(&owner);
+    keep_out_of_dumps(owner.as_ptr().cast(), owner.size())?;
+    let skip = owner.as_ptr().align_offset(usize::try_from(BLOCK).map_err(io::Error::other)?);
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    // SAFETY: the view lies in the owner's pages, which are at least a block longer; the caller keeps the owner as long,
+    // and a region of a raw pointer does not unmap it.
+    let view = unsafe { MmapRegionBuilder::new(length).with_raw_mmap_pointer(owner.as_ptr().add(skip)) };
+    let view = view.with_mmap_prot(libc::PROT_NONE).with_mmap_flags(flags).build().map_err(io::Error::other)?;
+    Ok((view, owner))
+}
+
+fn name_as_ram(region: &MmapRegion) {
+    // SAFETY: the range is a mapping of this process, the name is NUL-terminated and copied by the kernel. Kernels
+    // without names for anonymous memory refuse, which changes nothing but the name.
+    unsafe {
+        libc::prctl(libc::PR_SET_VMA, libc::PR_SET_VMA_ANON_NAME, region.as_ptr(), region.size(), RAM_NAME.as_ptr());
+    }
+}
+
+/// Lets `length` bytes of `region` from `offset` on be accessed; they read as zero and cost nothing until touched.
+///
+/// # Errors
+/// When the range is not of whole pages in the region, or the host refuses: it has a limit of separate mappings
+/// (`vm.max_map_count`).
+pub(crate) fn open(region: &GuestRegionMmap<()>, offset: u64, length: u64) -> io::Result<()> {
+    protect(region, offset, length, libc::PROT_READ | libc::PROT_WRITE)
+}
+
+/// Lets nobody access `length` bytes of `region` from `offset` on: not this process, not the guest, not the kernel on
+/// behalf of either. They keep what they hold.
+///
+/// # Errors
+/// As [`open`].
+pub(crate) fn seal(region: &GuestRegionMmap<()>, offset: u64, length: u64) -> io::Result<()> {
+    protect(region, offset, length, libc::PROT_NONE)
+}
+
+/// Gives the memory of `length` bytes of `region` from `offset` on back to the host. Anonymous memory reads as zero
+/// afterwards, what was mapped over it by [`overlay`] as the file does: the guest has seen that already.
+///
+/// # Errors
+/// When the range is not of whole pages in the region, or the host refuses.
+pub(crate) fn discard(region: &GuestRegionMmap<()>, offset: u64, length: u64) -> io::Result<()> {
+    let (address, length) = pages(region, offset, length)?;
+    // SAFETY: the range was checked to lie in the region, which is only accessed through volatile accesses; to lose its
+    // content is what the guest asked for.
+    if unsafe { libc::madvise(address, length, libc::MADV_DONTNEED) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+fn protect(region: &GuestRegionMmap<()>, offset: u64, length: u64, protection: libc::c_int) -> io::Result<()> {
+    let (address, length) = pages(region, offset, length)?;
+    // SAFETY: the range was checked to lie in the region. Devices look at the plugged blocks before each access, and the
+    // thread that changes those is the one that they run on.
+    if unsafe { libc::mprotect(address, length, protection) } == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Host address and length of a range of whole pages in `region`.
+fn pages(region: &GuestRegionMmap<()>, offset: u64, length: u64) -> io::Result<(*mut libc::c_void, usize)> {
+    let fits = offset.checked_add(length).is_some_and(|end| end <= region.len());
+    if !fits || length == 0 || !offset.is_multiple_of(PAGE) || !length.is_multiple_of(PAGE) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let skip = usize::try_from(offset).map_err(io::Error::other)?;
+    let length = usize::try_from(length).map_err(io::Error::other)?;
+    Ok((region.as_ptr().wrapping_add(skip).cast(), length))
 }
 
 /// A guest's secrets do not get into the monitor's core dump; and the kernel never joins guest memory with a map of the
@@ -79,6 +162,15 @@ pub(crate) fn overlay(region: &MmapRegion, offset: u64, file: &File, file_offset
 
 /// The page size of x86-64.
 pub(crate) const PAGE: u64 = 4096;
+
+/// Whether the page at host `address` is in memory (bit 63 of its entry in `/proc/self/pagemap`, proc(5)).
+#[cfg(test)]
+pub(crate) fn is_resident(address: u64) -> bool {
+    let mut entry = [0; 8];
+    let pagemap = File::open("/proc/self/pagemap").unwrap();
+    std::os::unix::fs::FileExt::read_exact_at(&pagemap, &mut entry, address / PAGE * 8).unwrap();
+    u64::from_le_bytes(entry) >> 63 == 1
+}
 
 #[cfg(test)]
 mod tests {

@@ -5,15 +5,23 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
-use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
-use kvm_ioctls::VmFd;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use self::layout::Range;
 use crate::virtio::device::GuestMemory;
 
+mod address_space;
+mod blocks;
 pub(crate) mod layout;
+pub(crate) mod listener;
 pub(crate) mod mapping;
+pub(crate) mod plug;
+mod region;
+
+pub(crate) use address_space::{AddressSpace, SlotAccess, SlotId};
+pub(crate) use plug::PluggableMemory;
+pub(crate) use region::range_of;
+pub use region::{GuestRegions, Region};
 
 /// Guest RAM before the machine runs.
 #[derive(Clone, Debug)]
@@ -26,14 +34,26 @@ impl GuestRam {
     ///
     /// # Errors
     /// When the host has no room for the mapping.
+    #[cfg(test)]
     pub(crate) fn new(size: u64) -> io::Result<Self> {
+        Self::with_pluggable(size, None)
+    }
+
+    /// As [`Self::new`]; beside it, memory can be plugged at `pluggable` later (see [`PluggableMemory`]).
+    ///
+    /// # Errors
+    /// When the host has no room for the mappings.
+    pub(crate) fn with_pluggable(size: u64, pluggable: Option<Range>) -> io::Result<Self> {
         let mut regions = Vec::new();
         for range in layout::ram(size) {
             let length = usize::try_from(range.length).map_err(io::Error::other)?;
-            let region = GuestRegionMmap::new(mapping::anonymous(length)?, GuestAddress(range.start));
+            let region = Region::fixed(mapping::anonymous(length)?, GuestAddress(range.start));
             regions.push(region.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?);
         }
-        let memory = GuestMemoryMmap::from_regions(regions).map_err(io::Error::other)?;
+        if let Some(range) = pluggable {
+            regions.push(plug::region(range)?);
+        }
+        let memory = GuestRegions::from_regions(regions).map_err(io::Error::other)?;
         Ok(Self { memory: Arc::new(memory) })
     }
 
@@ -68,7 +88,7 @@ impl GuestRam {
             // The last page is read, not mapped: behind the piece, the file may go on with something else.
             let whole = length - length % mapping::PAGE;
             if whole > 0 {
-                mapping::overlay(&region.get_mmap(), offset, file, file_offset, whole)?;
+                mapping::overlay(&region.mapping().get_mmap(), offset, file, file_offset, whole)?;
             }
             return self.read_from(file, file_offset + whole, length - whole, address + whole);
         }
@@ -86,61 +106,6 @@ impl GuestRam {
             file_offset += done;
             address += done;
         }
-        Ok(())
-    }
-}
-
-/// Memory that KVM shows to the guest: numbers the slots.
-#[derive(Debug)]
-pub(crate) struct AddressSpace {
-    vm: Arc<VmFd>,
-    next_slot: u32,
-}
-
-impl AddressSpace {
-    pub(crate) fn new(vm: Arc<VmFd>) -> Self {
-        Self { vm, next_slot: 0 }
-    }
-
-    /// Shows all of `ram` to the guest.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    pub(crate) fn add_ram(&mut self, ram: &GuestRam) -> io::Result<()> {
-        for region in ram.memory.iter() {
-            let range = Range { start: region.start_addr().0, length: region.len() };
-            // SAFETY: the region is mapped as long as the guest memory, which outlives the vCPUs: the `vmm` thread
-            // holds it until it has joined them.
-            unsafe { self.add(range, region.as_ptr() as u64, 0)? };
-        }
-        Ok(())
-    }
-
-    /// Shows the host mapping at `host` as `range` to the guest, writes refused when `read_only`.
-    ///
-    /// # Errors
-    /// When KVM refuses.
-    ///
-    /// # Safety
-    /// `host` must be a mapping of at least the range's length that stays in place until the vCPUs have ended.
-    pub(crate) unsafe fn add_device_memory(&mut self, range: Range, host: u64, read_only: bool) -> io::Result<()> {
-        // SAFETY: as the caller promises.
-        unsafe { self.add(range, host, if read_only { KVM_MEM_READONLY } else { 0 }) }
-    }
-
-    /// # Safety
-    /// As [`Self::add_device_memory`].
-    unsafe fn add(&mut self, range: Range, host: u64, flags: u32) -> io::Result<()> {
-        let region = kvm_userspace_memory_region {
-            slot: self.next_slot,
-            flags,
-            guest_phys_addr: range.start,
-            memory_size: range.length,
-            userspace_addr: host,
-        };
-        // SAFETY: as the caller promises.
-        unsafe { self.vm.set_user_memory_region(region)? };
-        self.next_slot += 1;
         Ok(())
     }
 }

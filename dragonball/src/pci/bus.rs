@@ -1,42 +1,69 @@
 //! Bus 0: which function has which slot, and which answers to which address.
 
-use std::sync::{Arc, PoisonError, RwLock, RwLockReadGuard};
+use std::ops::Range;
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use super::PciFunction;
-use crate::config::DEVICES_MAX;
-use crate::memory::layout::Range;
+use crate::memory::layout;
 
-/// How many slots there are: 5 bits of a bus address.
-const SLOTS: usize = 32;
+/// How many slots a bus has: 5 bits of a bus address.
+const SLOT_COUNT: usize = 32;
+/// The slots that devices go into. Slot 0 stays empty: a host bridge would be there, but the guest has no use for it and
+/// would spend time on it.
+pub(crate) const SLOTS: Range<u8> = 1..32;
 /// Configuration space of one function: 4 KiB; of one slot: eight functions.
 const FUNCTION_SHIFT: u32 = 12;
 const SLOT_SHIFT: u32 = 15;
 
-/// All PCI functions of the machine. A slot has function 0 alone. Slot 0 stays empty: a host bridge would be there, but
-/// the guest has no use for it and would spend time on it.
+/// All PCI functions of the machine. A slot has function 0 alone.
+///
+/// Functions are called with no lock of the bus held: one that waits for the `vmm` thread does not keep it from adding
+/// and removing others.
 #[derive(Default)]
 pub(crate) struct PciBus {
-    slots: RwLock<[Option<Arc<dyn PciFunction>>; SLOTS]>,
+    slots: RwLock<[Option<Arc<dyn PciFunction>>; SLOT_COUNT]>,
     /// Who answers to which addresses. Changes while the guest sets its devices up, hardly ever after.
     ranges: RwLock<Vec<Decoded>>,
+    /// Held while the ranges of a function are asked for and entered, by vCPUs alone.
+    refreshing: Mutex<()>,
 }
 
 struct Decoded {
-    range: Range,
+    range: layout::Range,
     slot: usize,
     bar: u8,
     function: Arc<dyn PciFunction>,
 }
 
 impl PciBus {
-    /// Puts `function` into the first free slot; nothing when all are taken.
-    pub(crate) fn add(&self, function: Arc<dyn PciFunction>) -> Option<usize> {
+    /// The first free slot; nothing when all are taken.
+    pub(crate) fn free_slot(&self) -> Option<u8> {
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        SLOTS.into_iter().find(|slot| slots[usize::from(*slot)].is_none())
+    }
+
+    /// Puts a function that decodes no memory yet into `slot`; false when the slot is taken or does not exist.
+    pub(crate) fn add(&self, slot: u8, function: Arc<dyn PciFunction>) -> bool {
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        let slot = (SLOTS - DEVICES_MAX..SLOTS).find(|slot| slots[*slot].is_none())?;
-        slots[slot] = Some(function);
-        drop(slots);
-        self.refresh(slot);
-        Some(slot)
+        match slots.get_mut(usize::from(slot)) {
+            Some(place) if SLOTS.contains(&slot) && place.is_none() => {
+                *place = Some(function);
+                true
+            }
+            _ => false,
+        }
+    }
+
+    /// Empties `slot`: from here on nobody finds its function. A vCPU that is in the middle of an access finishes it.
+    pub(crate) fn remove(&self, slot: u8) {
+        let slot = usize::from(slot);
+        let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
+        let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
+        let removed = slots.get_mut(slot).and_then(Option::take);
+        let decoded: Vec<_> = ranges.extract_if(.., |decoded| decoded.slot == slot).collect();
+        // The last owner frees what a function holds: not under the locks.
+        drop((slots, ranges));
+        drop((removed, decoded));
     }
 
     fn function(&self, slot: usize) -> Option<Arc<dyn PciFunction>> {
@@ -73,14 +100,27 @@ impl PciBus {
 
     /// Asks the function in `slot` again what it answers to.
     fn refresh(&self, slot: usize) {
-        let function = self.function(slot);
+        let _one_at_a_time = self.refreshing.lock().unwrap_or_else(PoisonError::into_inner);
+        let Some(function) = self.function(slot) else { return };
+        let decoded: Vec<_> = function
+            .ranges()
+            .into_iter()
+            .map(|(bar, range)| Decoded { range, slot, bar, function: Arc::clone(&function) })
+            .collect();
         let mut ranges = self.ranges.write().unwrap_or_else(PoisonError::into_inner);
-        ranges.retain(|decoded| decoded.slot != slot);
-        if let Some(function) = function {
-            for (bar, range) in function.ranges() {
-                ranges.push(Decoded { range, slot, bar, function: Arc::clone(&function) });
-            }
+        // It may have been removed meanwhile.
+        let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
+        if slots[slot].as_ref().is_some_and(|present| Arc::ptr_eq(present, &function)) {
+            ranges.retain(|decoded| decoded.slot != slot);
+            ranges.extend(decoded);
         }
+    }
+
+    /// What the function in `slot` answers to now: base address registers and their ranges.
+    pub(crate) fn decoded(&self, slot: u8) -> Vec<(u8, layout::Range)> {
+        let ranges = self.ranges.read().unwrap_or_else(PoisonError::into_inner);
+        let of_slot = ranges.iter().filter(|decoded| decoded.slot == usize::from(slot));
+        of_slot.map(|decoded| (decoded.bar, decoded.range)).collect()
     }
 
     fn decode(&self, address: u64, size: usize) -> Option<(Arc<dyn PciFunction>, u8, u64)> {
@@ -127,9 +167,9 @@ mod tests {
             *self.0.lock().unwrap() = u64::from(u32::from_le_bytes(data.try_into().unwrap()));
             register == 0x10
         }
-        fn ranges(&self) -> Vec<(u8, Range)> {
+        fn ranges(&self) -> Vec<(u8, layout::Range)> {
             let start = *self.0.lock().unwrap();
-            if start == 0 { Vec::new() } else { vec![(0, Range { start, length: 4096 })] }
+            if start == 0 { Vec::new() } else { vec![(0, layout::Range { start, length: 4096 })] }
         }
         fn read_memory(&self, _bar: u8, offset: u64, data: &mut [u8]) {
             data.fill(offset.to_le_bytes()[0]);
@@ -146,7 +186,7 @@ mod tests {
     #[test]
     fn only_function_0_of_a_taken_slot_answers() {
         let bus = PciBus::default();
-        assert_eq!(bus.add(Arc::new(Movable::default())), Some(1));
+        assert!(bus.add(1, Arc::new(Movable::default())));
         assert_eq!(read_config(&bus, 1 << 15), [0x11; 4]);
         assert_eq!(read_config(&bus, 1 << 15 | 1 << 12), [0xff; 4]);
         assert_eq!(read_config(&bus, 0), [0xff; 4]);
@@ -156,7 +196,7 @@ mod tests {
     #[test]
     fn a_moved_function_answers_at_its_new_address_only() {
         let bus = PciBus::default();
-        bus.add(Arc::new(Movable::default()));
+        bus.add(1, Arc::new(Movable::default()));
         let mut data = [0; 1];
         assert!(!bus.read_memory(0xC010_0005, &mut data));
         for address in [0xC010_0000_u32, 0xC020_0000] {
@@ -172,8 +212,26 @@ mod tests {
     fn a_full_bus_takes_no_more() {
         let bus = PciBus::default();
         for slot in 1..32 {
-            assert_eq!(bus.add(Arc::new(Movable::default())), Some(slot));
+            assert_eq!(bus.free_slot(), Some(slot));
+            assert!(bus.add(slot, Arc::new(Movable::default())));
+            assert!(!bus.add(slot, Arc::new(Movable::default())));
         }
-        assert_eq!(bus.add(Arc::new(Movable::default())), None);
+        assert_eq!(bus.free_slot(), None);
+        assert!(!bus.add(0, Arc::new(Movable::default())) && !bus.add(32, Arc::new(Movable::default())));
+    }
+
+    #[test]
+    fn a_removed_function_is_found_by_nobody_and_freed() {
+        let bus = PciBus::default();
+        let function = Arc::new(Movable::default());
+        bus.add(7, Arc::clone(&function) as _);
+        bus.write_config(7 << 15 | 0x10, &0xC010_0000_u32.to_le_bytes());
+        assert!(bus.read_memory(0xC010_0000, &mut [0; 4]));
+        bus.remove(7);
+        assert!(!bus.read_memory(0xC010_0000, &mut [0; 4]));
+        assert_eq!(read_config(&bus, 7 << 15), [0xff; 4]);
+        assert_eq!(Arc::strong_count(&function), 1);
+        assert_eq!(bus.free_slot(), Some(1));
+        bus.remove(7);
     }
 }

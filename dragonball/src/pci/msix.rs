@@ -220,6 +220,12 @@ impl Msix {
         }
     }
 
+    /// The interrupt routes that are in use.
+    pub(crate) fn routes(&self) -> Vec<u32> {
+        let state = self.state();
+        state.vectors.iter().filter_map(|vector| Some(vector.line.as_ref()?.gsi.number())).collect()
+    }
+
     /// The state to be saved.
     pub(crate) fn save(&self) -> MsixState {
         let state = self.state();

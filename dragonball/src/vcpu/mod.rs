@@ -3,13 +3,13 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::Bus;
-use crate::control::{Control, Request};
+use crate::control::{Control, Request, VcpuEvent};
 use crate::threads;
 use crate::vm::ExitReason;
 
@@ -20,9 +20,46 @@ pub(crate) mod registers;
 
 pub(crate) use kick::install_handler;
 
-/// A running vCPU.
+/// What a vCPU is told to do.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Order {
+    /// Run the guest.
+    Run = 0,
+    /// Stand still until there is another order.
+    Pause = 1,
+    /// End.
+    Stop = 2,
+}
+
+/// The last order, with its number: the same order given twice is two orders.
+#[derive(Debug, Default)]
+struct Orders(AtomicU32);
+
+impl Orders {
+    const KIND: u32 = 3;
+
+    fn give(&self, order: Order) {
+        let next = |last: u32| Some((last | Self::KIND).wrapping_add(1) | order as u32);
+        // Always gives a next one.
+        let _ = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
+    }
+
+    /// The order and what tells it from all others.
+    fn last(&self) -> (Order, u32) {
+        let last = self.0.load(Ordering::SeqCst);
+        let order = match last & Self::KIND {
+            0 => Order::Run,
+            1 => Order::Pause,
+            _ => Order::Stop,
+        };
+        (order, last)
+    }
+}
+
+/// A vCPU and its thread.
 #[derive(Debug)]
 pub(crate) struct Vcpu {
+    orders: Arc<Orders>,
     kicker: kick::Kicker,
     thread: JoinHandle<VcpuFd>,
 }
@@ -32,10 +69,8 @@ pub(crate) struct Vcpu {
 pub(crate) struct Context {
     /// Where accesses go.
     pub(crate) bus: Arc<Bus>,
-    /// Who learns of the end.
+    /// Who learns of ends and answers.
     pub(crate) control: Control,
-    /// Set before the vCPUs are kicked to end.
-    pub(crate) ending: Arc<AtomicBool>,
 }
 
 impl Vcpu {
@@ -43,38 +78,66 @@ impl Vcpu {
     ///
     /// # Errors
     /// When the host has no thread left.
-    pub(crate) fn start(id: usize, mut fd: VcpuFd, context: Context) -> io::Result<Self> {
+    pub(crate) fn start(id: u8, mut fd: VcpuFd, context: Context) -> io::Result<Self> {
+        // Set when the thread that had it before was stopped.
+        fd.set_kvm_immediate_exit(0);
         let run = kick::RunPage::of(&mut fd);
+        let orders = Arc::new(Orders::default());
+        let obeyed = Arc::clone(&orders);
         let thread = threads::spawn(&format!("vcpu{id}"), move || {
             // The kicker needs the vCPU's page until the thread is joined, whatever happens here.
-            let reason = catch_unwind(AssertUnwindSafe(|| run_until_end(&mut fd, &context)))
+            let reason = catch_unwind(AssertUnwindSafe(|| run_until_end(id, &mut fd, &obeyed, &context)))
                 .unwrap_or_else(|_| Some(ExitReason::Failed("a vCPU thread panicked: this is a bug".to_owned())));
-            if let Some(reason) = reason {
-                context.control.send(Request::End(reason));
-            }
+            context.control.send(match reason {
+                Some(reason) => Request::End(reason),
+                None => Request::Vcpu { id, event: VcpuEvent::Stopped },
+            });
             fd
         })?;
-        Ok(Self { kicker: kick::Kicker::new(run, &thread), thread })
+        Ok(Self { orders, kicker: kick::Kicker::new(run, &thread), thread })
     }
 
-    /// Makes the vCPU leave the guest, so that it sees that the machine is ending.
-    pub(crate) fn kick(&self) {
+    fn order(&self, order: Order) {
+        self.orders.give(order);
         self.kicker.kick();
+        self.thread.thread().unpark();
     }
 
-    /// Waits for the thread's end.
-    pub(crate) fn join(self) {
-        if self.thread.join().is_err() {
+    /// Makes the vCPU stand still; it answers when it does.
+    pub(crate) fn pause(&self) {
+        self.order(Order::Pause);
+    }
+
+    /// Lets it run again.
+    pub(crate) fn resume(&self) {
+        self.order(Order::Run);
+    }
+
+    /// Makes its thread end; it answers when it is about to.
+    pub(crate) fn stop(&self) {
+        self.order(Order::Stop);
+    }
+
+    /// Waits for the thread's end and gives the vCPU back; nothing when the thread panicked.
+    pub(crate) fn join(self) -> Option<VcpuFd> {
+        let fd = self.thread.join().ok();
+        if fd.is_none() {
             tracing::error!("a vCPU thread panicked");
         }
+        fd
     }
 }
 
 /// Runs the guest; nothing when it was told to end, else why the guest cannot go on.
-fn run_until_end(fd: &mut VcpuFd, context: &Context) -> Option<ExitReason> {
+fn run_until_end(id: u8, fd: &mut VcpuFd, orders: &Orders, context: &Context) -> Option<ExitReason> {
     loop {
-        if context.ending.load(Ordering::Acquire) {
-            return None;
+        match orders.last() {
+            (Order::Run, _) => {}
+            (Order::Pause, number) => {
+                stand_still(id, fd, (orders, number), context);
+                continue;
+            }
+            (Order::Stop, _) => return None,
         }
         match fd.run() {
             Ok(exit) => {
@@ -83,9 +146,16 @@ fn run_until_end(fd: &mut VcpuFd, context: &Context) -> Option<ExitReason> {
                     return end;
                 }
             }
-            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {}
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                // A kick has been obeyed once its order is looked at again, which comes next: in this order, so that a
+                // kick in between is seen either here or by KVM.
+                fd.set_kvm_immediate_exit(0);
+            }
             Err(error) if error.errno() == libc::EFAULT => {
-                return Some(failed(fd, "guest memory is gone: was the kernel, initrd or an image truncated?"));
+                return Some(failed(
+                    fd,
+                    "guest memory is gone: did the guest touch memory that it has given back, or was a mapped file truncated?",
+                ));
             }
             Err(error) => return Some(failed(fd, &format!("KVM_RUN: {}", io::Error::from(error)))),
         }
@@ -93,6 +163,19 @@ fn run_until_end(fd: &mut VcpuFd, context: &Context) -> Option<ExitReason> {
             return Some(reason);
         }
     }
+}
+
+/// Waits for another order. The exit before may have been an access whose answer is not in the vCPU's registers yet: it
+/// is put there by entering KVM once more, with an immediate exit.
+fn stand_still(id: u8, fd: &mut VcpuFd, (orders, number): (&Orders, u32), context: &Context) {
+    fd.set_kvm_immediate_exit(1);
+    // Always interrupted; whatever else is wrong shows at the next run.
+    let _ = fd.run();
+    context.control.send(Request::Vcpu { id, event: VcpuEvent::Paused });
+    while orders.last().1 == number {
+        std::thread::park();
+    }
+    fd.set_kvm_immediate_exit(0);
 }
 
 /// Answers an exit; gives the reason when it ends the machine.
@@ -112,7 +195,8 @@ fn handle(exit: VcpuExit<'_>, bus: &Bus) -> Option<ExitReason> {
         }
         VcpuExit::MemoryFault { gpa, size, .. } => {
             return Some(ExitReason::Failed(format!(
-                "guest memory at {gpa:#x} ({size} bytes) is gone: was a mapped file truncated?"
+                "guest memory at {gpa:#x} ({size} bytes) is gone: did the guest touch memory that it has given back, or \
+                 was a mapped file truncated?"
             )));
         }
         // Told apart by the caller, which can read the registers.

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use kvm_bindings::{Msrs, kvm_msr_entry, kvm_regs, kvm_segment};
+use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
 
 use super::memory_types;
@@ -35,6 +35,15 @@ pub(crate) fn set_msrs(vcpu: &VcpuFd) -> io::Result<()> {
         return Err(io::Error::other("KVM does not take the MTRR default type"));
     }
     Ok(())
+}
+
+/// Puts a vCPU that ran before into the state in which it waits for the guest to start it. Starting it resets all other
+/// registers (Intel SDM vol. 3, §10.1.1), but for model-specific ones, which keep their values as on a real processor.
+///
+/// # Errors
+/// When KVM refuses.
+pub(crate) fn await_start(vcpu: &VcpuFd) -> io::Result<()> {
+    Ok(vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_UNINITIALIZED })?)
 }
 
 /// Sets the registers for entering the kernel.

@@ -5,9 +5,9 @@
 
 use std::io;
 
-use vm_memory::{GuestMemory as _, GuestMemoryMmap, Permissions, ReadVolatile, VolatileSlice, WriteVolatile};
+use vm_memory::{GuestMemory as _, Permissions, ReadVolatile, VolatileSlice, WriteVolatile};
 
-use super::device::DeviceError;
+use super::device::{DeviceError, GuestRegions};
 
 /// A descriptor chain that the driver made available.
 #[derive(Debug)]
@@ -23,8 +23,8 @@ pub(crate) struct Request<'m> {
 impl<'m> Request<'m> {
     /// Follows `chain` to its end. `limit` is the ring's size, the longest chain that is legal.
     pub(crate) fn new(
-        memory: &'m GuestMemoryMmap<()>,
-        chain: virtio_queue::DescriptorChain<&'m GuestMemoryMmap<()>>,
+        memory: &'m GuestRegions,
+        chain: virtio_queue::DescriptorChain<&'m GuestRegions>,
         limit: u16,
     ) -> Result<Self, DeviceError> {
         let head = chain.head_index();

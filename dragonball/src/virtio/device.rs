@@ -13,12 +13,13 @@ use std::os::fd::RawFd;
 use std::sync::Arc;
 
 use virtio_queue::Queue;
-use vm_memory::GuestMemoryMmap;
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
-/// Guest memory as devices see it.
-pub type GuestMemory = Arc<GuestMemoryMmap<()>>;
+pub use crate::memory::{GuestRegions, Region};
+
+/// Guest memory as devices see it. Taken at activation, it shows what is plugged later too, and refuses what is unplugged.
+pub type GuestMemory = Arc<GuestRegions>;
 
 /// Device types this VMM has; the value is the virtio device id (virtio 1.2, §5).
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -59,6 +60,9 @@ pub trait Interrupt: Send + Sync {
     fn signal_queue(&self, index: u16);
     /// The device configuration changed.
     fn signal_config(&self);
+    /// The driver reads `config` as the device configuration from now on. For a change that the driver itself asked for by
+    /// a request: it may look as soon as that is answered, and no signal tells it.
+    fn set_config(&self, config: Vec<u8>);
 }
 
 /// The event loop as a device sees it. Tokens are the device's own numbers; they come back in

@@ -28,6 +28,7 @@ use super::ring::{Life, RING_FEATURES, RingPosition, TURN, Work};
 use super::state;
 
 mod island;
+mod mirror;
 mod shared;
 mod thread;
 

@@ -1,9 +1,12 @@
 //! Virtio: devices, and the PCI transport that carries them.
 
+pub mod balloon;
 pub mod blk;
 pub mod console;
 pub mod device;
 pub mod fs;
+pub mod mem;
+pub mod net;
 pub mod pmem;
 pub mod rng;
 #[cfg(any(test, feature = "testing"))]
@@ -12,6 +15,7 @@ pub mod testing;
 pub mod vsock;
 
 mod buffers;
+mod observed;
 pub(crate) mod pci;
 mod ring;
 mod state;

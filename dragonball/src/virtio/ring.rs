@@ -2,16 +2,17 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
+use std::sync::atomic::{Ordering, fence};
 
 use serde::{Deserialize, Serialize};
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
-use vm_memory::GuestMemoryMmap;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::epoll::EventSet;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::buffers::Request;
-use super::device::{Activation, ActiveQueue, DeviceError, EventRegistry, GuestMemory, Interrupt};
+use super::device::{Activation, ActiveQueue, DeviceError, EventRegistry, GuestMemory, GuestRegions, Interrupt};
 
 /// Feature bits of the ring layout that every device here handles.
 pub(crate) const RING_FEATURES: u64 = (1 << VIRTIO_RING_F_EVENT_IDX) | (1 << VIRTIO_RING_F_INDIRECT_DESC);
@@ -50,21 +51,33 @@ pub(crate) struct Ring {
     queue: Queue,
     kick: EventFd,
     interrupt: Arc<dyn Interrupt>,
-    /// Buffers were used since the driver was last told.
-    unsignalled: bool,
+    /// Used buffers that the driver does not see yet.
+    staged: u16,
+    /// The used index when it was last considered whether to interrupt the driver.
+    considered: u16,
 }
 
+/// Bytes of a used ring's header and of an element (virtio 1.2, §2.7.8).
+const USED_HEADER: u64 = 4;
+const USED_ELEMENT: u64 = 8;
+/// Offset of the index in both rings.
+const INDEX: u64 = 2;
+/// Flag of the available ring: no interrupts, please (virtio 1.2, §2.7.7).
+const NO_INTERRUPT: u16 = 1;
+
 impl Ring {
-    fn new(active: ActiveQueue, features: u64, interrupt: Arc<dyn Interrupt>) -> Self {
+    /// A ring with the agreed `features`.
+    pub(crate) fn new(active: ActiveQueue, features: u64, interrupt: Arc<dyn Interrupt>) -> Self {
         let ActiveQueue { index, mut queue, kick } = active;
         queue.set_event_idx(features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0);
-        Self { index, queue, kick, interrupt, unsignalled: false }
+        Self { index, queue, kick, interrupt, staged: 0, considered: 0 }
     }
 
     /// Continues from where a saved device was. Kicks and interrupts of that time are lost: both are made up for.
-    fn resume(&mut self, position: RingPosition) -> Result<(), DeviceError> {
+    pub(crate) fn resume(&mut self, position: RingPosition) -> Result<(), DeviceError> {
         self.queue.set_next_avail(position.next_avail);
         self.queue.set_next_used(position.next_used);
+        self.considered = position.next_used;
         self.call_again()?;
         self.interrupt.signal_queue(self.index);
         Ok(())
@@ -97,7 +110,7 @@ impl Ring {
         self.kick.write(1).map_err(|source| DeviceError::Host { action: "ring a doorbell", source })
     }
 
-    fn pop<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Result<Option<Request<'m>>, DeviceError> {
+    fn pop<'m>(&mut self, memory: &'m GuestRegions) -> Result<Option<Request<'m>>, DeviceError> {
         let limit = self.queue.size();
         match self.queue.iter(memory)?.next() {
             Some(chain) => Request::new(memory, chain, limit).map(Some),
@@ -108,7 +121,7 @@ impl Ring {
     /// The next request; when there is none, the doorbell will ring for the next one.
     ///
     /// A device that stops before there is none has to come back by itself.
-    pub(crate) fn next<'m>(&mut self, memory: &'m GuestMemoryMmap<()>) -> Result<Option<Request<'m>>, DeviceError> {
+    pub(crate) fn next<'m>(&mut self, memory: &'m GuestRegions) -> Result<Option<Request<'m>>, DeviceError> {
         if let Some(request) = self.pop(memory)? {
             return Ok(Some(request));
         }
@@ -125,29 +138,85 @@ impl Ring {
     }
 
     /// Gives a request back with `written` bytes in its writable part.
-    pub(crate) fn push_used(
-        &mut self,
-        memory: &GuestMemoryMmap<()>,
-        head: u16,
-        written: usize,
-    ) -> Result<(), DeviceError> {
-        self.queue.add_used(memory, head, u32::try_from(written).unwrap_or(u32::MAX))?;
-        self.unsignalled = true;
+    pub(crate) fn push_used(&mut self, memory: &GuestRegions, head: u16, written: usize) -> Result<(), DeviceError> {
+        self.stage_used(memory, head, written)?;
+        self.publish_used(memory)
+    }
+
+    /// As [`Self::push_used`], but the driver does not see it until [`Self::publish_used`] shows it all that was staged,
+    /// at once.
+    pub(crate) fn stage_used(&mut self, memory: &GuestRegions, head: u16, written: usize) -> Result<(), DeviceError> {
+        let slot = self.queue.next_used().wrapping_add(self.staged) % self.queue.size();
+        let written = u32::try_from(written).unwrap_or(u32::MAX);
+        let mut element = [0; 8];
+        element[..4].copy_from_slice(&u32::from(head).to_le_bytes());
+        element[4..].copy_from_slice(&written.to_le_bytes());
+        let address = self.queue.used_ring() + USED_HEADER + USED_ELEMENT * u64::from(slot);
+        memory.write_slice(&element, GuestAddress(address)).map_err(virtio_queue::Error::GuestMemory)?;
+        self.staged = self.staged.wrapping_add(1);
         Ok(())
     }
 
-    /// Interrupts the driver if buffers were used and it wants to know.
-    pub(crate) fn signal_used(&mut self, memory: &GuestMemoryMmap<()>) -> Result<(), DeviceError> {
-        if std::mem::take(&mut self.unsignalled) && self.queue.needs_notification(memory)? {
+    /// Shows the driver what was staged.
+    pub(crate) fn publish_used(&mut self, memory: &GuestRegions) -> Result<(), DeviceError> {
+        let staged = std::mem::take(&mut self.staged);
+        if staged == 0 {
+            return Ok(());
+        }
+        let next = self.queue.next_used().wrapping_add(staged);
+        self.queue.set_next_used(next);
+        let address = GuestAddress(self.queue.used_ring() + INDEX);
+        memory.store(next.to_le(), address, Ordering::Release).map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(())
+    }
+
+    /// Shows the driver what was staged, and interrupts it if buffers were used and it wants to know.
+    pub(crate) fn signal_used(&mut self, memory: &GuestRegions) -> Result<(), DeviceError> {
+        self.publish_used(memory)?;
+        let now = self.queue.next_used();
+        let before = std::mem::replace(&mut self.considered, now);
+        if now != before && self.wants_interrupt(memory, before, now)? {
             self.interrupt.signal_queue(self.index);
         }
         Ok(())
     }
 
+    /// Whether the driver wants an interrupt for the step of the used index from `before` to `now` (virtio 1.2, §2.7.7.2
+    /// and §2.7.10).
+    fn wants_interrupt(&self, memory: &GuestRegions, before: u16, now: u16) -> Result<bool, DeviceError> {
+        // The driver sets its wish and then looks at the used index: here it is the other way round, in this order.
+        fence(Ordering::SeqCst);
+        let event_index = self.queue.event_idx_enabled();
+        let offset = if event_index { 4 + 2 * u64::from(self.queue.size()) } else { 0 };
+        let address = GuestAddress(self.queue.avail_ring() + offset);
+        let wish =
+            memory.load(address, Ordering::Relaxed).map(u16::from_le).map_err(virtio_queue::Error::GuestMemory)?;
+        Ok(if event_index {
+            now.wrapping_sub(wish).wrapping_sub(1) < now.wrapping_sub(before)
+        } else {
+            wish & NO_INTERRUPT == 0
+        })
+    }
+
+    /// Interrupts the driver on behalf of somebody who has asked it already.
+    pub(crate) fn signal(&self) {
+        self.interrupt.signal_queue(self.index);
+    }
+
+    /// The doorbell.
+    pub(crate) fn kick(&self) -> &EventFd {
+        &self.kick
+    }
+
+    /// The ring's index among the device's queues.
+    pub(crate) fn index(&self) -> u16 {
+        self.index
+    }
+
     /// Serves what is in the ring, at most one turn of it; `serve` says how many bytes it wrote.
     pub(crate) fn serve(
         &mut self,
-        memory: &GuestMemoryMmap<()>,
+        memory: &GuestRegions,
         mut serve: impl FnMut(&Request<'_>) -> Result<usize, DeviceError>,
     ) -> Result<(), DeviceError> {
         for turn in 0.. {

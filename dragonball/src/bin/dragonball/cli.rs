@@ -2,8 +2,11 @@
 
 use std::path::PathBuf;
 
+use crate::ctl::Ctl;
 use clap::{Args, Parser, Subcommand};
-use dragonball::{ConsoleOutput, DiskConfig, FsConfig, MachineConfig, PmemConfig, VsockConfig};
+use dragonball::{
+    ConsoleOutput, DiskConfig, FsConfig, MachineConfig, NetConfig, PmemConfig, TapSource, VhostMode, VsockConfig,
+};
 
 /// Runs virtual machines.
 #[derive(Parser)]
@@ -19,6 +22,8 @@ pub(crate) enum Command {
     /// Boots a Linux kernel and waits for the machine's end.
     #[command(after_help = EXIT_STATUS)]
     Run(Box<Run>),
+    /// Changes a running machine: devices and vCPUs come and go.
+    Ctl(Ctl),
 }
 
 const EXAMPLES: &str = "\
@@ -29,6 +34,10 @@ Examples:
   A root file system as persistent memory, a disk, a shared directory (in the guest: mount -t virtiofs work /mnt):
     dragonball run --kernel vmlinux --cmdline 'root=/dev/pmem0 rootflags=dax ro' --pmem root.erofs \\
         --disk data.img --fs work=/srv/work --console -
+
+  A network card on the tap interface tap0, which is made and set up if it is not there (then, on the host:
+  ip address add 10.0.0.1/24 dev tap0):
+    dragonball run --kernel vmlinux --initrd initrd.cpio --net tap=tap0 --console -
 
   How long it takes until init has started:
     dragonball run --kernel vmlinux --initrd initrd.cpio --boot-timer";
@@ -67,9 +76,26 @@ pub(crate) struct Run {
     #[arg(long, value_name = "N", default_value_t = 1)]
     cpus: u8,
 
+    /// The most vCPUs that the machine may get while it runs.
+    #[arg(long, value_name = "N", requires = "control")]
+    max_cpus: Option<u8>,
+
+    /// Make a control socket here, for `dragonball ctl`: devices and vCPUs can come and go.
+    #[arg(long, value_name = "SOCKET")]
+    pub(crate) control: Option<PathBuf>,
+
     /// Guest memory, a multiple of 2 MiB.
     #[arg(long, value_name = "SIZE", default_value = "128M", value_parser = parse_size)]
     memory: u64,
+
+    /// The most memory that the guest can have while it runs, a multiple of 2 MiB; it starts with --memory.
+    #[arg(long, value_name = "SIZE", value_parser = parse_size)]
+    memory_max: Option<u64>,
+
+    /// Add a balloon, through which the guest gives memory back that it does not use: free pages by itself, others when it
+    /// is asked to.
+    #[arg(long)]
+    balloon: bool,
 
     /// A file that the guest sees as persistent memory (/dev/pmem0 and on); it does not change. Can be repeated.
     #[arg(long, value_name = "FILE[,ro]", value_parser = parse_image)]
@@ -78,6 +104,16 @@ pub(crate) struct Run {
     /// A file or block device that the guest sees as a disk (/dev/vda and on). Can be repeated.
     #[arg(long, value_name = "FILE[,ro]", value_parser = parse_image)]
     disk: Vec<Image>,
+
+    /// A network card (eth0 and on) on a tap interface, which is made if it is not there and goes away with the machine
+    /// then. More queue pairs than one need an interface made with multi_queue. The host kernel moves the packets where it
+    /// can (vhost=auto), must do so (on) or does not (off). Can be repeated.
+    #[arg(
+        long,
+        value_name = "tap=NAME[,mac=ADDRESS][,mtu=BYTES][,queues=N][,vhost=auto|on|off]",
+        value_parser = parse_net
+    )]
+    net: Vec<NetConfig>,
 
     /// A directory that the guest can mount by a tag. Can be repeated.
     #[arg(long, value_name = "TAG=DIR", value_parser = parse_fs)]
@@ -110,12 +146,12 @@ pub(crate) struct Run {
 
 /// An image file of a device.
 #[derive(Clone)]
-struct Image {
-    path: PathBuf,
-    read_only: bool,
+pub(crate) struct Image {
+    pub(crate) path: PathBuf,
+    pub(crate) read_only: bool,
 }
 
-fn parse_size(text: &str) -> Result<u64, String> {
+pub(crate) fn parse_size(text: &str) -> Result<u64, String> {
     let digits_end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
     let (digits, suffix) = text.split_at(digits_end);
     let shift = match suffix.to_ascii_uppercase().as_str() {
@@ -129,12 +165,46 @@ fn parse_size(text: &str) -> Result<u64, String> {
     number.checked_mul(1 << shift).ok_or_else(|| format!("{text} is more than 64 bits can hold"))
 }
 
-fn parse_image(text: &str) -> Result<Image, String> {
+pub(crate) fn parse_image(text: &str) -> Result<Image, String> {
     let (path, read_only) = text.strip_suffix(",ro").map_or((text, false), |path| (path, true));
     if path.is_empty() { Err("give a file".to_owned()) } else { Ok(Image { path: path.into(), read_only }) }
 }
 
-fn parse_fs(text: &str) -> Result<FsConfig, String> {
+pub(crate) fn parse_net(text: &str) -> Result<NetConfig, String> {
+    const KEYS: &str = "use tap, mac, mtu, queues and vhost, each at most once";
+    let (mut config, mut name, mut queues) = (NetConfig::new(""), None, 1);
+    let mut seen = Vec::new();
+    for part in text.split(',') {
+        let (key, value) = part.split_once('=').ok_or_else(|| format!("{part:?} has no value: {KEYS}"))?;
+        if seen.contains(&key) {
+            return Err(format!("{key} is given twice: {KEYS}"));
+        }
+        seen.push(key);
+        let number = || value.parse().map_err(|_| format!("{value:?} is no number of 0 to 65535: correct {key}"));
+        match key {
+            "tap" => name = Some(value.to_owned()),
+            "mac" => config.mac = Some(value.parse().map_err(|error| format!("{error}"))?),
+            "mtu" => config.mtu = Some(number()?),
+            "queues" => queues = number()?,
+            "vhost" => config.vhost = parse_vhost(value)?,
+            _ => return Err(format!("{key:?} is no part of a network card: {KEYS}")),
+        }
+    }
+    let name = name.ok_or("name the tap interface, for instance tap=tap0")?;
+    config.tap = TapSource::Name { name, queues };
+    Ok(config)
+}
+
+fn parse_vhost(text: &str) -> Result<VhostMode, String> {
+    match text {
+        "auto" => Ok(VhostMode::Auto),
+        "on" => Ok(VhostMode::On),
+        "off" => Ok(VhostMode::Off),
+        _ => Err(format!("vhost cannot be {text:?}: use auto, on or off")),
+    }
+}
+
+pub(crate) fn parse_fs(text: &str) -> Result<FsConfig, String> {
     match text.split_once('=') {
         Some((tag, directory)) if !tag.is_empty() && !directory.is_empty() => {
             Ok(FsConfig { tag: tag.to_owned(), directory: directory.into() })
@@ -156,12 +226,17 @@ impl From<Run> for MachineConfig {
             cmdline: run.cmdline,
             vcpus: run.cpus,
             memory: run.memory,
+            memory_max: run.memory_max,
+            balloon: run.balloon,
             pmem: run.pmem.into_iter().map(|Image { path, read_only }| PmemConfig { path, read_only }).collect(),
             disks: run.disk.into_iter().map(|Image { path, read_only }| DiskConfig { path, read_only }).collect(),
+            net: run.net,
             fs: run.fs,
             vsock: run.vsock.map(|socket| VsockConfig { guest_cid, socket }),
             console: run.console.unwrap_or_default(),
             debug_uart: run.debug_uart.unwrap_or_default(),
+            vcpus_max: run.max_cpus,
+            hot_plug: run.control.is_some(),
             boot_timer: run.boot_timer,
             ..Self::new(run.kernel)
         }
@@ -174,54 +249,49 @@ mod tests {
 
     fn config(arguments: &[&str]) -> MachineConfig {
         let all = ["dragonball", "run", "--kernel", "vmlinux"].iter().chain(arguments);
-        let Command::Run(run) = Cli::try_parse_from(all).unwrap().command;
-        (*run).into()
+        match Cli::try_parse_from(all).unwrap().command {
+            Command::Run(run) => (*run).into(),
+            Command::Ctl(_) => panic!("not a machine"),
+        }
     }
 
     #[test]
     fn every_option_reaches_the_machine() {
-        let machine = config(&[
-            "--initrd",
-            "initrd",
-            "--cmdline",
-            "-x one=1",
-            "--cpus",
-            "2",
-            "--memory",
-            "1G",
-            "--pmem",
-            "a,ro",
-            "--pmem",
-            "b",
-            "--disk",
-            "c",
-            "--fs",
-            "tag=/dir=1",
-            "--vsock",
-            "sock",
-            "--vsock-cid",
-            "7",
-            "--console",
-            "-",
-            "--debug-uart",
-            "log",
-            "--boot-timer",
-        ]);
+        let options = "--initrd initrd --cpus 2 --memory 1G --memory-max 4G --balloon --pmem a,ro --pmem b \
+            --disk c --net tap=tap0 --net vhost=off,queues=4,mtu=9000,mac=02:00:00:00:00:07,tap=tap1 \
+            --fs tag=/dir=1 --vsock sock --vsock-cid 7 --console - \
+            --debug-uart log --boot-timer --control control --max-cpus 4";
+        let mut options: Vec<_> = options.split_whitespace().collect();
+        options.extend(["--cmdline", "-x one=1"]);
+        let machine = config(&options);
         let expected = MachineConfig {
             kernel: "vmlinux".into(),
             initrd: Some("initrd".into()),
             cmdline: "-x one=1".to_owned(),
             vcpus: 2,
             memory: 1 << 30,
+            memory_max: Some(4 << 30),
+            balloon: true,
             pmem: vec![
                 PmemConfig { path: "a".into(), read_only: true },
                 PmemConfig { path: "b".into(), read_only: false },
             ],
             disks: vec![DiskConfig { path: "c".into(), read_only: false }],
+            net: vec![
+                NetConfig::new("tap0"),
+                NetConfig {
+                    tap: TapSource::Name { name: "tap1".to_owned(), queues: 4 },
+                    mac: Some("02:00:00:00:00:07".parse().unwrap()),
+                    mtu: Some(9000),
+                    vhost: VhostMode::Off,
+                },
+            ],
             fs: vec![FsConfig { tag: "tag".to_owned(), directory: "/dir=1".into() }],
             vsock: Some(VsockConfig { guest_cid: 7, socket: "sock".into() }),
             console: ConsoleOutput::Stdio,
             debug_uart: ConsoleOutput::File("log".into()),
+            vcpus_max: Some(4),
+            hot_plug: true,
             boot_timer: true,
         };
         assert_eq!(machine, expected);
@@ -246,9 +316,27 @@ mod tests {
 
     #[test]
     fn what_cannot_be_meant_is_refused() {
-        for option in ["--fs=tag", "--fs==/dir", "--pmem=,ro", "--cpus=300", "--memory=lots"] {
+        for option in ["--fs=tag", "--fs==/dir", "--pmem=,ro", "--cpus=300", "--memory=lots", "--memory-max=more"] {
             let arguments = ["dragonball", "run", "--kernel", "vmlinux", option];
             assert!(Cli::try_parse_from(arguments).is_err(), "{option}");
+        }
+    }
+
+    #[test]
+    fn a_network_card_that_cannot_be_meant_is_refused_with_what_is_wrong() {
+        for (text, reason) in [
+            ("", "has no value"),
+            ("tap0", "has no value"),
+            ("mac=02:00:00:00:00:01", "tap=tap0"),
+            ("tap=a,tap=b", "given twice"),
+            ("tap=a,speed=10", "no part of a network card"),
+            ("tap=a,mac=ff:ff:ff:ff:ff:ff", "unicast"),
+            ("tap=a,mtu=70000", "no number"),
+            ("tap=a,queues=-1", "no number"),
+            ("tap=a,vhost=maybe", "auto, on or off"),
+        ] {
+            let error = parse_net(text).unwrap_err();
+            assert!(error.contains(reason), "{text}: {error}");
         }
     }
 }

@@ -5,17 +5,28 @@ use std::process::ExitCode;
 use clap::Parser;
 use cli::{Cli, Command};
 use dragonball::{ConsoleOutput, ExitReason, MachineConfig, Vm, start};
-use outside::{RawTerminal, StopSignals};
+use outside::{ControlSocket, RawTerminal, StopSignals};
 
 mod cli;
+mod ctl;
 mod outside;
 
 fn main() -> ExitCode {
     one_arena();
-    let Command::Run(run) = Cli::parse().command;
+    match Cli::parse().command {
+        Command::Run(run) => run_machine(*run),
+        Command::Ctl(ctl) => ctl::run(ctl).map_or_else(|error| fail(&error), |()| ExitCode::SUCCESS),
+    }
+}
+
+fn run_machine(run: cli::Run) -> ExitCode {
     log_to_stderr();
+    let control = match run.control.as_deref().map(ControlSocket::new).transpose() {
+        Ok(control) => control,
+        Err(error) => return fail(&error),
+    };
     let (boot_timer, stamps) = (run.boot_timer, run.stamps);
-    let config = MachineConfig::from(*run);
+    let config = MachineConfig::from(run);
     let uses_terminal = config.console == ConsoleOutput::Stdio || config.debug_uart == ConsoleOutput::Stdio;
     let signals = match StopSignals::new() {
         Ok(signals) => signals,
@@ -25,6 +36,9 @@ fn main() -> ExitCode {
         Ok(vm) => vm,
         Err(error) => return fail(&error),
     };
+    if let Some(Err(error)) = control.as_ref().map(|control| control.serve(&vm)) {
+        return fail(&error);
+    }
     let raw = uses_terminal.then(RawTerminal::new);
     wait(&vm, boot_timer, &signals);
     drop(raw);

@@ -1,9 +1,12 @@
-//! What comes from outside of the machine: signals, and the terminal that it runs on.
+//! What comes from outside of the machine: signals, its control socket, and the terminal that it runs on.
 
 use std::io;
 use std::os::fd::AsFd;
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
 
 use dragonball::Vm;
+use dragonball::control_socket::{listen_at, serve};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{SigSet, Signal};
@@ -83,6 +86,43 @@ impl Drop for RawTerminal {
         if let Some(before) = &self.0 {
             // Nothing to be done when the terminal is gone.
             let _ = tcsetattr(io::stdin(), SetArg::TCSANOW, before);
+        }
+    }
+}
+
+/// The control socket; dropping it removes the file.
+pub(crate) struct ControlSocket {
+    path: PathBuf,
+    listener: UnixListener,
+}
+
+/// Why there is no control socket.
+#[derive(Debug, thiserror::Error)]
+#[error("The control socket {} cannot be made: give a path where nothing is, of at most 107 bytes", path.display())]
+pub(crate) struct ControlSocketError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+impl ControlSocket {
+    /// Makes it at `path`.
+    pub(crate) fn new(path: &Path) -> Result<Self, ControlSocketError> {
+        let listener = listen_at(path).map_err(|source| ControlSocketError { path: path.to_path_buf(), source })?;
+        Ok(Self { path: path.to_path_buf(), listener })
+    }
+
+    /// Lets the machine answer there.
+    pub(crate) fn serve(&self, vm: &Vm) -> io::Result<()> {
+        serve(self.listener.try_clone()?, vm.manager())
+    }
+}
+
+impl Drop for ControlSocket {
+    fn drop(&mut self) {
+        if let Err(error) = std::fs::remove_file(&self.path)
+            && error.kind() != io::ErrorKind::NotFound
+        {
+            eprintln!("dragonball: {} is left behind: {error}", self.path.display());
         }
     }
 }

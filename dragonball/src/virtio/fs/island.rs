@@ -2,7 +2,7 @@
 //!
 //! fuse-backend-rs 0.14 is written against vm-memory 0.17 and virtio-queue 0.17, everything else here against 0.18. Its
 //! reader and writer are made from a 0.17 descriptor chain, so the island has a mirror of guest memory (the same pages,
-//! described by 0.17 types) and looks each chain up again that the device's own ring has taken and checked.
+//! described by 0.17 types, see `mirror`) and looks each chain up again that the device's own ring has taken and checked.
 
 use std::sync::Arc;
 
@@ -10,10 +10,9 @@ use fuse_backend_rs::abi::fuse_abi::Opcode;
 use fuse_backend_rs::api::server::Server;
 use fuse_backend_rs::transport::{Reader, VirtioFsWriter, Writer};
 use virtio_queue_017::{Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
-use vm_memory_017::mmap::MmapRegionBuilder;
-use vm_memory_017::{GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory_017::GuestAddress;
 
+use super::mirror::{self, Mirror};
 use super::shared::SharedDirectory;
 use crate::virtio::buffers::Request;
 use crate::virtio::device::{DeviceError, GuestMemory};
@@ -69,19 +68,17 @@ const UNANSWERED: [Opcode; 4] = [Opcode::Forget, Opcode::BatchForget, Opcode::In
 /// The library's server on the library's view of guest memory.
 pub(super) struct Island {
     server: Server<Arc<SharedDirectory>>,
-    mirror: GuestMemoryMmap<()>,
-    /// The memory whose pages the mirror describes; it must live as long.
-    _memory: GuestMemory,
+    mirror: Mirror,
 }
 
 impl Island {
     /// An island beside `memory`.
     pub(super) fn new(memory: &GuestMemory, directory: Arc<SharedDirectory>) -> Result<Self, DeviceError> {
-        let mirror = mirror(memory).ok_or_else(|| DeviceError::Host {
+        let mirror = mirror::of(memory).ok_or_else(|| DeviceError::Host {
             action: "describe guest memory to the file system",
             source: std::io::Error::from(std::io::ErrorKind::InvalidInput),
         })?;
-        Ok(Self { server: Server::new(directory), mirror, _memory: Arc::clone(memory) })
+        Ok(Self { server: Server::new(directory), mirror })
     }
 
     /// Answers `request`, the one that was taken last from the ring that `layout` describes; returns how many bytes of
@@ -142,21 +139,4 @@ fn lookup_queue(layout: RingLayout) -> Result<Queue, DeviceError> {
     queue.set_next_avail(layout.next_available.wrapping_sub(1));
     queue.set_ready(true);
     Ok(queue)
-}
-
-/// The pages of `memory`, described by the other version's types. `None` when a region cannot be described.
-fn mirror(memory: &GuestMemory) -> Option<GuestMemoryMmap<()>> {
-    let regions = memory
-        .iter()
-        .map(|region| {
-            let host = region.get_host_address(MemoryRegionAddress(0)).ok()?;
-            let length = usize::try_from(region.len()).ok()?;
-            // SAFETY: the region is mapped, has this length, and lives as long as the island, which holds `memory`; a
-            // region of a raw pointer does not unmap it when it is dropped.
-            let mapping = unsafe { MmapRegionBuilder::new(length).with_raw_mmap_pointer(host) };
-            let mapping = mapping.with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE).build().ok()?;
-            GuestRegionMmap::new(mapping, GuestAddress(region.start_addr().raw_value()))
-        })
-        .collect::<Option<Vec<_>>>()?;
-    GuestMemoryMmap::from_regions(regions).ok()
 }

@@ -71,6 +71,11 @@ impl Lines {
         self.broken.load(Ordering::Acquire)
     }
 
+    /// The interrupt routes that are in use.
+    pub(crate) fn routes(&self) -> Vec<u32> {
+        self.msix.routes()
+    }
+
     /// The device configuration is now `config`; the driver sees a new generation if that is a change.
     pub(crate) fn set_config(&self, config: Vec<u8>) {
         let mut current = self.config.lock().unwrap_or_else(PoisonError::into_inner);
@@ -104,5 +109,9 @@ impl Interrupt for Lines {
 
     fn signal_config(&self) {
         self.signal(self.config_vector.load(Ordering::Acquire), STATUS_CONFIG);
+    }
+
+    fn set_config(&self, config: Vec<u8>) {
+        Self::set_config(self, config);
     }
 }

@@ -1,7 +1,8 @@
 //! The common configuration registers: feature negotiation and ring set-up (virtio 1.2, §4.1.4.3).
 
 use virtio_queue::{Queue, QueueT};
-use vm_memory::GuestMemoryMmap;
+
+use crate::virtio::device::GuestRegions;
 
 /// `VIRTIO_F_VERSION_1`: the only kind of device that this transport carries.
 pub(super) const VERSION_1: u64 = 1 << 32;
@@ -34,7 +35,7 @@ impl Ring {
     }
 
     /// The ring for the device's use; nothing when the driver set it up wrongly.
-    pub(super) fn queue(&self, max_size: u16, features: u64, memory: &GuestMemoryMmap<()>) -> Option<Queue> {
+    pub(super) fn queue(&self, max_size: u16, features: u64, memory: &GuestRegions) -> Option<Queue> {
         let mut queue = Queue::new(max_size).ok()?;
         queue.set_size(self.size);
         let halves = self.addresses.map(|address| {

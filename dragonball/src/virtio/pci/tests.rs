@@ -265,7 +265,8 @@ fn a_vector_that_does_not_exist_is_refused() {
 fn the_function_answers_where_its_register_says() {
     let Some(driver) = driver() else { return };
     let bus = PciBus::default();
-    bus.add(Arc::clone(&driver.transport) as _);
+    bus.add(1, Arc::clone(&driver.transport) as _);
+    bus.write_config(1 << 15 | 4, &[6, 0]);
     let mut data = [0; 2];
     assert!(bus.read_memory(u64::from(BAR) + register::QUEUES, &mut data));
     assert_eq!(data, [2, 0]);

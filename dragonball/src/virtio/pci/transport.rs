@@ -11,7 +11,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::layout::{self, Capabilities};
 use super::lines::Lines;
 use super::registers::{Effect, Registers, VERSION_1, View};
-use crate::control::{Control, DeviceRequest, Request};
+use crate::control::{Control, DeviceNumber, DeviceRequest, Request};
 use crate::irq::router::IrqRouter;
 use crate::memory::layout::Range;
 use crate::pci::PciFunction;
@@ -32,7 +32,7 @@ pub(crate) struct Hardware {
 pub(crate) struct Transport {
     hardware: Hardware,
     /// The device's number on the `vmm` thread.
-    device: usize,
+    device: DeviceNumber,
     offered: u64,
     queue_sizes: Vec<u16>,
     capabilities: Capabilities,
@@ -69,7 +69,12 @@ impl Transport {
     ///
     /// # Errors
     /// When the device has more queues than there are doorbells and vectors for.
-    pub(crate) fn new(hardware: Hardware, device: &dyn VirtioDevice, number: usize, address: u32) -> io::Result<Self> {
+    pub(crate) fn new(
+        hardware: Hardware,
+        device: &dyn VirtioDevice,
+        number: DeviceNumber,
+        address: u32,
+    ) -> io::Result<Self> {
         const QUEUES_MAX: u16 = 255;
         let too_many = || io::Error::other("a virtio device with more than 255 queues cannot be carried");
         let queue_sizes = device.queue_sizes().to_vec();
@@ -309,6 +314,17 @@ impl Transport {
 
 fn doorbell_address(region: Range, queue: u16) -> u64 {
     region.start + layout::DOORBELLS.start + u64::from(queue) * u64::from(layout::DOORBELL_DISTANCE)
+}
+
+/// A function that was removed: KVM no longer watches its doorbells.
+impl Drop for Transport {
+    fn drop(&mut self) {
+        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let (doorbells, watched) = (std::mem::take(&mut state.doorbells), state.watched.take());
+        if let Some(range) = watched {
+            self.unwatch_doorbells(&doorbells, range);
+        }
+    }
 }
 
 impl PciFunction for Transport {

@@ -13,21 +13,27 @@ pub mod pci;
 mod ring;
 pub mod scenes;
 pub mod script;
+pub mod wire;
 
 use std::os::fd::AsRawFd;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 pub use events::EventLoop;
 pub use ring::{Descriptor, DriverRing, INDIRECT, NEXT, Segment, Used, WRITE};
 
-use super::device::{Activation, ActiveQueue, DeviceError, GuestMemory, Interrupt, Outcome, SavedState, VirtioDevice};
+use super::device::{
+    Activation, ActiveQueue, DeviceError, GuestMemory, GuestRegions, Interrupt, Outcome, Region, SavedState,
+    VirtioDevice,
+};
+use crate::memory::layout::Range;
+use crate::memory::{mapping, plug};
 
 /// Where the guest memory of a harness begins. Not 0, so that a zeroed address is a bad one.
 pub const MEMORY_START: u64 = 0x10_0000;
@@ -35,6 +41,8 @@ pub const MEMORY_START: u64 = 0x10_0000;
 pub const MEMORY_SIZE: u64 = 8 << 20;
 /// Where the second region of guest memory begins.
 pub const SECOND_REGION: u64 = MEMORY_START + MEMORY_SIZE / 2;
+/// Where memory can be plugged, in a harness that has some.
+pub const PLUGGABLE_START: u64 = 1 << 30;
 /// How long a wait lasts before the test counts as failed.
 const DEADLINE: Duration = Duration::from_secs(20);
 /// Rings lie below this offset of guest memory, buffers above it.
@@ -45,12 +53,18 @@ const RINGS_SIZE: u64 = 0x4_0000;
 pub struct TestInterrupt {
     queues: [AtomicU32; 8],
     config: AtomicU32,
+    seen: Mutex<Option<Vec<u8>>>,
 }
 
 impl TestInterrupt {
     /// How often queue `index` was signalled.
     pub fn queue(&self, index: u16) -> u32 {
         self.queues[usize::from(index)].load(Ordering::SeqCst)
+    }
+
+    /// The configuration that the device told without a signal, if it did since the last call.
+    pub fn take_config(&self) -> Option<Vec<u8>> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 
     /// How often a change of the configuration was signalled.
@@ -67,6 +81,32 @@ impl Interrupt for TestInterrupt {
     fn signal_config(&self) {
         self.config.fetch_add(1, Ordering::SeqCst);
     }
+
+    fn set_config(&self, config: Vec<u8>) {
+        *self.seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(config);
+    }
+}
+
+fn fixed_regions(ranges: &[(u64, usize)]) -> Vec<Region> {
+    let region = |&(start, length): &(u64, usize)| {
+        Region::fixed(mapping::anonymous(length).expect("memory"), GuestAddress(start)).expect("a region")
+    };
+    ranges.iter().map(region).collect()
+}
+
+/// Guest memory that is always there: start and length of each region, in order.
+fn memory(ranges: &[(u64, usize)]) -> GuestMemory {
+    Arc::new(GuestRegions::from_regions(fixed_regions(ranges)).expect("guest memory"))
+}
+
+/// The guest memory of a harness; with `pluggable` bytes that can be plugged at [`PLUGGABLE_START`].
+pub(crate) fn harness_memory(pluggable: Option<u64>) -> GuestMemory {
+    let half = usize::try_from(MEMORY_SIZE / 2).expect("half of the memory");
+    let mut regions = fixed_regions(&[(MEMORY_START, half), (SECOND_REGION, half)]);
+    if let Some(length) = pluggable {
+        regions.push(plug::region(Range { start: PLUGGABLE_START, length }).expect("addresses"));
+    }
+    Arc::new(GuestRegions::from_regions(regions).expect("guest memory"))
 }
 
 /// A device with a driver that does what the test says.
@@ -91,9 +131,11 @@ pub struct Harness<D: VirtioDevice> {
 impl<D: VirtioDevice> Harness<D> {
     /// A device whose driver accepts all features and has not set `DRIVER_OK` yet; the rings have their largest size.
     pub fn idle(device: D) -> Self {
-        let half = usize::try_from(MEMORY_SIZE / 2).expect("half of the memory");
-        let ranges = [(GuestAddress(MEMORY_START), half), (GuestAddress(SECOND_REGION), half)];
-        let memory: GuestMemory = Arc::new(GuestMemoryMmap::from_ranges(&ranges).expect("guest memory"));
+        Self::idle_in(harness_memory(None), device)
+    }
+
+    /// As [`Self::idle`], in a guest memory that the device knows already; see [`harness_memory`].
+    pub(crate) fn idle_in(memory: GuestMemory, device: D) -> Self {
         let mut address = MEMORY_START;
         let rings = device
             .queue_sizes()
@@ -128,10 +170,21 @@ impl<D: VirtioDevice> Harness<D> {
 
     /// A device at work whose driver does not know `RING_EVENT_IDX`.
     pub fn without_event_index(device: D) -> Self {
+        Self::without_features(device, 1 << VIRTIO_RING_F_EVENT_IDX)
+    }
+
+    /// A device at work whose driver does not know the feature bits `unknown`.
+    pub fn without_features(device: D, unknown: u64) -> Self {
         let mut harness = Self::idle(device);
-        harness.features &= !(1 << VIRTIO_RING_F_EVENT_IDX);
+        harness.features &= !unknown;
+        harness.decline(1 << VIRTIO_RING_F_EVENT_IDX);
         harness.activate().expect("activation");
         harness
+    }
+
+    /// The driver does not know `features`.
+    pub fn decline(&mut self, features: u64) {
+        self.features &= !features;
     }
 
     /// Sets `DRIVER_OK`.
@@ -143,6 +196,7 @@ impl<D: VirtioDevice> Harness<D> {
         let queues = (0_u16..)
             .zip(&self.rings)
             .zip(&self.kicks)
+            .filter(|((_, ring), _)| !ring.is_disabled())
             .map(|((index, ring), kick)| ActiveQueue {
                 index,
                 queue: ring.device_queue(),

@@ -3,10 +3,9 @@
 use std::sync::Arc;
 
 use kvm_ioctls::VmFd;
-use vm_memory::{GuestAddress, GuestMemoryMmap};
 
 use super::script::Script;
-use super::{MEMORY_SIZE, MEMORY_START};
+use super::{MEMORY_SIZE, MEMORY_START, memory};
 use crate::control;
 use crate::irq::router::IrqRouter;
 use crate::kvm;
@@ -30,8 +29,7 @@ impl PciMachine {
     pub fn new() -> Option<Self> {
         let vm = kvm::create_vm(&kvm::open().ok()?).ok()?;
         let length = usize::try_from(MEMORY_SIZE).expect("a small memory");
-        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(MEMORY_START), length)]).expect("guest memory");
-        Some(Self { vm, memory: Arc::new(memory) })
+        Some(Self { vm, memory: memory(&[(MEMORY_START, length)]) })
     }
 
     /// Does the accesses of `script`.
@@ -75,11 +73,12 @@ impl PciMachine {
             control,
         };
         let bus = PciBus::default();
-        for (number, device) in devices.iter().enumerate() {
-            let address = PCI_32.start + number as u64 * u64::from(REGION_LENGTH);
+        for (number, device) in (0..).zip(&devices) {
+            let address = PCI_32.start + number * u64::from(REGION_LENGTH);
             let address = u32::try_from(address).expect("an address below 4 GiB");
             let transport = Transport::new(hardware.clone(), device.as_ref(), number, address).expect("a transport");
-            bus.add(Arc::new(transport)).expect("a slot");
+            let slot = bus.free_slot().expect("a slot");
+            assert!(bus.add(slot, Arc::new(transport)));
         }
         bus
     }

@@ -80,6 +80,8 @@ pub struct DriverRing {
     next_used: u16,
     /// The available index when the doorbell was last considered.
     announced: u16,
+    /// The driver does not use this ring.
+    disabled: bool,
     /// Descriptors that are in no chain.
     free: Vec<u16>,
     /// The chain of each head that the device has.
@@ -102,6 +104,7 @@ impl DriverRing {
             next_available: 0,
             next_used: 0,
             announced: 0,
+            disabled: false,
             free: Vec::new(),
             chains: Vec::new(),
         };
@@ -131,6 +134,16 @@ impl DriverRing {
         queue.try_set_used_ring_address(GuestAddress(self.used)).expect("an aligned address");
         queue.set_ready(true);
         queue
+    }
+
+    /// Leaves the ring out of the next activation.
+    pub fn disable(&mut self) {
+        self.disabled = true;
+    }
+
+    /// Whether the ring is left out.
+    pub(super) fn is_disabled(&self) -> bool {
+        self.disabled
     }
 
     /// How many entries the ring has.

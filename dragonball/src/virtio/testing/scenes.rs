@@ -5,13 +5,20 @@ use std::io::{ErrorKind, Read, Write};
 use std::net::Shutdown;
 use std::os::unix::fs::symlink;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::sync::Arc;
 
 use tempfile::{NamedTempFile, TempDir};
 
-use super::Harness;
 use super::script::{Scene, Script, run};
+use super::wire::{self, Wire};
+use super::{Harness, MEMORY_SIZE, PLUGGABLE_START, harness_memory};
+use crate::memory::PluggableMemory;
+use crate::memory::listener::DmaListeners;
+use crate::virtio::balloon::{Balloon, BalloonControl};
 use crate::virtio::blk::{Blk, Resizer};
 use crate::virtio::fs::Fs;
+use crate::virtio::mem::{Mem, MemControl};
+use crate::virtio::net::Link;
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 
@@ -158,6 +165,87 @@ pub fn fs(bytes: &[u8]) {
     run(&mut harness, Script::new(bytes), &mut Directory { directory });
 }
 
+/// How much memory the device of [`mem`] can plug.
+pub const MEM_SIZE: u64 = 128 << 20;
+
+/// A memory device at work in a guest without a VM, which shall have nothing.
+pub(crate) fn mem_harness() -> Harness<Mem> {
+    let memory = harness_memory(Some(MEM_SIZE));
+    let listeners = DmaListeners::new(Arc::clone(&memory));
+    let pluggable = PluggableMemory::new(&memory, None, listeners).expect("a region for pluggable memory");
+    let mut harness = Harness::idle_in(memory, Mem::new(pluggable, MEM_SIZE).expect("a device"));
+    harness.activate().expect("activation");
+    harness
+}
+
+/// Runs a program on the memory device, of whose guest the host wants more and less.
+pub fn mem(bytes: &[u8]) {
+    let mut harness = mem_harness();
+    let control = harness.device.control();
+    run(&mut harness, Script::new(bytes), &mut Memory { control: control.clone() });
+    let state = control.state();
+    assert!(state.plugged <= MEM_SIZE, "the guest has more than there is: {state:?}");
+}
+
+struct Memory {
+    control: MemControl,
+}
+
+impl Scene for Memory {
+    /// A request about blocks that mostly exist.
+    fn request(&mut self, script: &mut Script<'_>) -> Vec<u8> {
+        let mut request = vec![0; 24];
+        request[0] = script.byte() % 5;
+        let offset = u64::from(script.byte() % 66) * (2 << 20) + u64::from(script.byte() == 255);
+        request[8..16].copy_from_slice(&(PLUGGABLE_START + offset).to_le_bytes());
+        request[16..18].copy_from_slice(&(script.half() % 66).to_le_bytes());
+        request
+    }
+
+    fn host(&mut self, script: &mut Script<'_>) {
+        let bytes = u64::from(script.half()) << 12;
+        assert!(self.control.set_requested(bytes).expect("an event") <= MEM_SIZE);
+    }
+}
+
+/// A balloon at work in a guest without a VM, and who else reaches its memory.
+pub(crate) fn balloon_harness() -> (Harness<Balloon>, DmaListeners) {
+    let memory = harness_memory(Some(MEM_SIZE));
+    let listeners = DmaListeners::new(Arc::clone(&memory));
+    let mut harness = Harness::idle_in(memory, Balloon::new(listeners.clone(), MEMORY_SIZE).expect("a device"));
+    harness.activate().expect("activation");
+    (harness, listeners)
+}
+
+/// Runs a program on a balloon that the host wants larger and smaller.
+pub fn balloon(bytes: &[u8]) {
+    let (mut harness, _listeners) = balloon_harness();
+    let control = harness.device.control();
+    run(&mut harness, Script::new(bytes), &mut Pages { control });
+}
+
+struct Pages {
+    control: BalloonControl,
+}
+
+impl Scene for Pages {
+    /// Numbers of pages that mostly exist.
+    fn request(&mut self, script: &mut Script<'_>) -> Vec<u8> {
+        let first = u32::from(script.half());
+        let pages = (0..u32::from(script.byte())).map(|page| first + page * u32::from(script.byte() % 3));
+        pages.flat_map(u32::to_le_bytes).collect()
+    }
+
+    fn host(&mut self, script: &mut Script<'_>) {
+        if script.byte() & 1 == 0 {
+            self.control.request_stats().expect("an event");
+        } else {
+            let target = self.control.set_target(u64::from(script.word())).expect("an event");
+            assert!(target <= MEMORY_SIZE);
+        }
+    }
+}
+
 struct Directory {
     directory: TempDir,
 }
@@ -199,5 +287,67 @@ impl Scene for Directory {
         let (from, to) = (&names[usize::from(script.byte() % 4)], &names[usize::from(script.byte() % 4)]);
         // Fails where the names do not fit each other.
         let _ = fs::rename(from, to);
+    }
+}
+
+/// Runs a program on a network card with two queue pairs, with a host on the other side.
+pub fn net(bytes: &[u8]) {
+    let (card, wires) = wire::card(2);
+    let mut scene = Wires { link: card.link(), wires };
+    run(&mut Harness::new(card), Script::new(bytes), &mut scene);
+}
+
+struct Wires {
+    link: Link,
+    wires: Vec<Wire>,
+}
+
+impl Wires {
+    /// A frame of any bytes behind a header of any bytes, mostly shorter than 2 KiB.
+    fn frame(script: &mut Script<'_>) -> Vec<u8> {
+        let length = match script.byte() {
+            0 => usize::from(script.half()),
+            length => 8 * usize::from(length),
+        };
+        let mut frame = script.array::<12>().to_vec();
+        frame.resize(12 + length, script.byte());
+        frame
+    }
+}
+
+impl Scene for Wires {
+    /// A command with as much data as it needs, more or less, or a frame.
+    fn request(&mut self, script: &mut Script<'_>) -> Vec<u8> {
+        if script.byte() & 1 == 0 {
+            return Self::frame(script);
+        }
+        let (class, command) = (script.byte() % 7, script.byte() % 3);
+        let mut request = vec![class, command];
+        match (class, command) {
+            (0, _) => request.push(script.byte() & 1),
+            (1, 0) => {
+                for _ in 0..2 {
+                    let count = script.byte() % 40;
+                    request.extend_from_slice(&u32::from(count).to_le_bytes());
+                    request.extend((0..6 * usize::from(count)).map(|_| script.byte()));
+                }
+            }
+            (1, _) => request.extend_from_slice(&script.array::<6>()),
+            (4, _) => request.extend_from_slice(&[script.byte() % 4, 0]),
+            _ => request.extend_from_slice(&script.array::<8>()),
+        }
+        if script.byte() & 7 == 0 {
+            request.truncate(usize::from(script.byte()));
+        }
+        request
+    }
+
+    fn host(&mut self, script: &mut Script<'_>) {
+        let wire = &self.wires[usize::from(script.byte() & 1)];
+        match script.byte() & 7 {
+            0 => while wire.receive().is_some() {},
+            1 => self.link.set_link(script.byte() & 1 == 0).expect("an event"),
+            _ => drop(wire.send(&Self::frame(script))),
+        }
     }
 }

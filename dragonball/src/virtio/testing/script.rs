@@ -8,7 +8,7 @@ use vm_memory::{Bytes, GuestAddress};
 use super::{Descriptor, Harness, MEMORY_SIZE, MEMORY_START, RINGS_SIZE, Segment};
 use crate::virtio::device::{SavedState, VirtioDevice};
 
-/// How many rounds of events a device may need before it is said to spin. A ring has at most 128 entries, a turn ends after
+/// How many rounds of events a device may need before it is said to spin. A ring has at most 256 entries, a turn ends after
 /// 256 requests, and every connection of a socket device may have its own event.
 const ROUNDS: usize = 2000;
 /// The most bytes of one request's part.
@@ -225,7 +225,7 @@ mod tests {
 
         #[test]
         fn no_driver_makes_a_device_panic_or_spin(bytes in programs()) {
-            for scene in [scenes::queue, scenes::blk, scenes::vsock, scenes::fs, console_and_pmem, transport] {
+            for scene in [scenes::queue, scenes::blk, scenes::vsock, scenes::fs, scenes::net, scenes::mem, scenes::balloon, console_and_pmem, transport] {
                 scene(&bytes);
             }
         }

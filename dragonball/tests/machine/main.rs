@@ -1,6 +1,7 @@
 //! The machine as small guests see it: how it starts, ends, and answers accesses. Needs `/dev/kvm`, a software one will do.
 
 mod guest;
+mod hot_plug;
 
 use dragonball::{ExitReason, start};
 use guest::{Code, kvm, machine, run, run_machine, wait_for_end};
