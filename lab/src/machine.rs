@@ -29,6 +29,10 @@ use crate::snapshot::Snapshot;
 /// How long a running machine may take to answer: it shares the host with whatever is built there.
 const ANSWER_LIMIT: Duration = Duration::from_secs(180);
 
+/// Lets guests' memory be of huge pages, so that the IOMMU maps 2 MiB at a time: each mapping is told to QEMU, and by
+/// QEMU to the models of devices, which for 4 KiB at a time takes half a minute for a GiB.
+const HUGE_PAGES: &str = "echo always > /sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
 /// What a machine was started from, as it stands in its directory.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Description {
@@ -122,6 +126,7 @@ impl Machine {
         let machine = Self::launch_with(dir, &plan, hardware)?;
         // The answer's connection is not needed, only that it comes.
         drop(machine.await_answer(BOOT_LIMIT)?);
+        machine.run(&Command::shell(HUGE_PAGES), Input::Empty)?.check()?;
         drop(progress);
         Ok(machine)
     }

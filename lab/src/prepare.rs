@@ -1,5 +1,6 @@
 //! Makes what a machine is restored from, step by step, each kept in the cache: tools, system, initrd, snapshot.
 
+use std::cell::RefCell;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -74,7 +75,7 @@ pub(crate) fn prune(cache: &Cache) -> Result<Vec<PathBuf>, Error> {
     let mut removed = Vec::new();
     for (kind, kept) in [
         ("lab-tools", vec![materials.tools.id()]),
-        ("lab-qemu", vec![Tools::get_newer(cache, &pin(cache)?)?.id()]),
+        ("lab-qemu", vec![Tools::newer_id(&pin(cache)?)]),
         ("lab-gpu-model", vec![model::program_id()?]),
         ("lab-system", vec![materials.system.id()]),
         ("lab-initrd", vec![materials.initrd.id()]),
@@ -210,19 +211,29 @@ impl Prepared {
 
 /// Finds the kernel with IOMMUFD in the cache, or builds it, which takes a quarter of an hour.
 fn own_kernel(cache: &Cache) -> Result<PathBuf, Error> {
-    struct Steps(Progress);
-    impl kernel_config::build::Progress for Steps {
-        fn step(&self, what: &str) {
-            self.0.step(what);
-        }
-        fn compiled(&self, file: &str) {
-            self.0.step(file);
+    let jobs = std::thread::available_parallelism().map_or(1, Into::into);
+    let kernel = Builder { cache, jobs, build_tree: None }.build(Profile::Lab, &KernelSteps::default())?;
+    Ok(kernel.directory.join("vmlinux"))
+}
+
+/// Tells of the kernel's build.
+#[derive(Default)]
+struct KernelSteps {
+    current: RefCell<Option<Progress>>,
+}
+
+impl kernel_config::build::Progress for KernelSteps {
+    fn step(&self, what: &str) {
+        // The step before ends its line first.
+        self.current.take();
+        self.current.replace(Some(Progress::start(&format!("Kernel of the lab machine: {what}"), 0)));
+    }
+
+    fn compiled(&self, file: &str) {
+        if let Some(step) = self.current.borrow().as_ref() {
+            step.step(file);
         }
     }
-    let jobs = std::thread::available_parallelism().map_or(1, Into::into);
-    let steps = Steps(Progress::start("Building the lab machine's kernel", 0));
-    let kernel = Builder { cache, jobs, build_tree: None }.build(Profile::Lab, &steps)?;
-    Ok(kernel.directory.join("vmlinux"))
 }
 
 /// Boots a machine and saves it once it is up.

@@ -41,9 +41,17 @@ impl Tools {
         Self::of_suite(cache, pin, "lab-qemu", NEWER_SUITE, &NEWER_PACKAGES)
     }
 
+    /// The name of the newer QEMU in the cache, whether it is there or not.
+    pub(crate) fn newer_id(pin: &str) -> String {
+        Self::key(pin, &NEWER_PACKAGES).name()
+    }
+
+    fn key(pin: &str, packages: &[&str]) -> Key {
+        Key::new("1").with("pin", pin.as_bytes()).with("packages", packages.join(" ").as_bytes())
+    }
+
     fn of_suite(cache: &Cache, pin: &str, kind: &str, suite: &str, packages: &[&str]) -> Result<Self, Error> {
-        let key = Key::new("1").with("pin", pin.as_bytes()).with("packages", packages.join(" ").as_bytes());
-        let root = cache.get_or_build(kind, &key, |root| {
+        let root = cache.get_or_build(kind, &Self::key(pin, packages), |root| {
             let suite = Suite::open(cache, suite)?;
             let progress = Progress::start("Fetching QEMU and its libraries", 0);
             let debs = suite.download_with_dependencies(packages)?;

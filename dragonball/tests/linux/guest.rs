@@ -1,5 +1,7 @@
 //! A Linux guest with a shell: a kernel, busybox in an initrd, and the console as the way to talk to it.
 
+#![expect(clippy::unwrap_used, reason = "a helper of tests, which fail by panics")]
+
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd};

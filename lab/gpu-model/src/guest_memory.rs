@@ -42,7 +42,17 @@ struct Mapping {
     file: Option<Arc<File>>,
 }
 
+/// The last address of a range, which may be the last one there is.
+fn last_address(address: u64, size: u64) -> Result<u64, Errno> {
+    size.checked_sub(1).and_then(|rest| address.checked_add(rest)).ok_or(Errno::EINVAL)
+}
+
 impl Mapping {
+    /// Its last address, when it begins at `start`.
+    fn last(&self, start: u64) -> u64 {
+        start + (self.size - 1)
+    }
+
     fn allows(&self, access: Access) -> bool {
         match access {
             Access::Read => self.permissions.read,
@@ -70,11 +80,11 @@ impl GuestMemory {
         permissions: Permissions,
         file: Option<(OwnedFd, u64)>,
     ) -> Result<(), Errno> {
-        let end = address.checked_add(size).filter(|_| size > 0).ok_or(Errno::EINVAL)?;
+        let last = last_address(address, size)?;
         if self.mappings.len() >= MAX_MAPPINGS {
             return Err(Errno::ENOSPC);
         }
-        if self.range(address, end).next().is_some() {
+        if self.range(address, last).next().is_some() {
             return Err(Errno::EEXIST);
         }
         let (file, offset) = match file {
@@ -109,11 +119,11 @@ impl GuestMemory {
     /// Removes all mappings in a range; answers how many bytes they were. A mapping that is only partly in the range
     /// is an error, and nothing is removed then.
     pub(crate) fn unmap(&mut self, address: u64, size: u64) -> Result<u64, Errno> {
-        let end = address.checked_add(size).ok_or(Errno::EINVAL)?;
+        let last = last_address(address, size)?;
         let mut found = Vec::new();
         let mut bytes = 0;
-        for (start, mapping) in self.range(address, end) {
-            if start < address || start + mapping.size > end {
+        for (start, mapping) in self.range(address, last) {
+            if start < address || mapping.last(start) > last {
                 return Err(Errno::EINVAL);
             }
             found.push(start);
@@ -136,10 +146,10 @@ impl GuestMemory {
         self.mappings.len()
     }
 
-    /// The mappings that have a byte in `address..end`.
-    fn range(&self, address: u64, end: u64) -> impl Iterator<Item = (u64, &Mapping)> {
-        let before = self.mappings.range(..address).next_back().filter(move |(start, it)| *start + it.size > address);
-        before.into_iter().chain(self.mappings.range(address..end)).map(|(start, mapping)| (*start, mapping))
+    /// The mappings that have a byte in `address..=last`.
+    fn range(&self, address: u64, last: u64) -> impl Iterator<Item = (u64, &Mapping)> {
+        let before = self.mappings.range(..address).next_back().filter(move |(start, it)| it.last(**start) >= address);
+        before.into_iter().chain(self.mappings.range(address..=last)).map(|(start, mapping)| (*start, mapping))
     }
 
     /// Reads from guest memory.
@@ -273,9 +283,21 @@ mod tests {
         }
         assert_eq!(guest.unmap(0x1800, 0x1000), Err(Errno::EINVAL));
         assert_eq!(guest.len(), 3);
+        assert_eq!(guest.unmap(0, 0), Err(Errno::EINVAL));
         assert_eq!(guest.unmap(0, 0x3000), Ok(0x2000));
         assert_eq!(guest.unmap(0, 0x3000), Ok(0));
         assert_eq!(guest.len(), 1);
+    }
+
+    #[test]
+    fn the_last_page_there_is_can_be_mapped() {
+        let mut guest = GuestMemory::default();
+        let page = u64::MAX - 0xfff;
+        guest.map(page, 0x1000, BOTH, Some((memory(0x1000), 0))).unwrap();
+        assert_eq!(guest.map(u64::MAX, 1, BOTH, None), Err(Errno::EEXIST));
+        guest.write(u64::MAX - 3, b"last").unwrap();
+        assert_eq!(guest.write(u64::MAX - 2, b"last"), Err(Fault(u64::MAX - 2)));
+        assert_eq!(guest.unmap(1 << 63, 1 << 63), Ok(0x1000));
     }
 
     #[test]
