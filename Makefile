@@ -14,11 +14,11 @@ FUZZ_SECONDS ?= 60
 PACKAGES := acpica-tools bc bison build-essential busybox-static cpio e2fsprogs erofs-utils flex libelf-dev \
             libseccomp-dev libssl-dev mmdebstrap python3 rsync xz-utils zstd
 
-.PHONY: help deps build dist images run test lint deny unit guests suites bench fuzz install clean
+.PHONY: help deps build dist images run test lint deny unit guests test-vfio vfio-guests passthrough suites bench fuzz install clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 deps: ## Install the Debian packages that the build needs (root)
 	@missing=$$(dpkg-query -W -f '$${Package} $${Status}\n' $(PACKAGES) 2>/dev/null | awk '/ installed$$/{print $$1}' \
@@ -52,7 +52,7 @@ images: build ## Make the OCI archives of the demonstration and the suites
 run: dist images ## Run real OCI images in VMs of ours, and show output and a boot timeline
 	$(OUT)/run-suites demo --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/run
 
-test: lint unit suites ## Everything that must pass
+test: lint unit suites vfio-guests ## Everything that must pass
 
 lint: deps
 	cargo fmt --all --check
@@ -73,6 +73,25 @@ guests: build ## Small guests on the lab's KVM, and Linux guests that change whi
 	    kernel=; if [ $$test = linux ]; then kernel="--kernel target/kernel/vmlinux"; fi; \
 	    $(OUT)/run-suites program "$$program" --report target/suites $$kernel || exit 1; \
 	done
+
+# The program by which a guest uses devices that are passed to it: static, because the guest has nothing else.
+PASSTHROUGH := target/$(TARGET)/$(PROFILE)/lab-passthrough
+
+passthrough: deps
+	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --profile $(PROFILE) --target $(TARGET) -p lab-passthrough
+
+test-vfio: ## Devices of the host in guests, in a lab machine with an IOMMU, a GPU model and others
+	cargo test --locked --profile $(PROFILE) -p gpu-model -p vfio-check
+	$(MAKE) vfio-guests VFIO_ROUNDS=50
+
+# How often the devices come and go.
+VFIO_ROUNDS ?= 5
+
+vfio-guests: build passthrough
+	@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
+	    | tee /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
+	$(OUT)/run-suites program "$$program" --report target/vfio --filter passthrough --kernel target/kernel/vmlinux \
+	    --passthrough $(PASSTHROUGH) --rounds $(VFIO_ROUNDS) --device edu --device gpu:1G
 
 suites: dist images guests ## Small guests, and end-to-end suites against containerd 1.7 and 2.1
 	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/suites

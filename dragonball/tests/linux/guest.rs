@@ -58,12 +58,19 @@ pub(crate) struct Guest {
 impl Guest {
     /// Starts the machine of `config` with a shell on its console, and waits for it.
     pub(crate) fn start(config: MachineConfig) -> Self {
+        Self::start_with(config, &[])
+    }
+
+    /// The same, with more programs: paths in the guest and contents.
+    pub(crate) fn start_with(config: MachineConfig, programs: &[(&str, &[u8])]) -> Self {
         // A test that failed with the turn has left nothing that another one would meet.
         let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let directory = tempfile::tempdir().unwrap();
         let initrd = directory.path().join("initrd");
         let busybox = std::env::var_os("TATAMI_TEST_BUSYBOX").unwrap_or_else(|| BUSYBOX.into());
-        let files = [("bin/busybox", &std::fs::read(busybox).unwrap()[..]), ("init", INIT.as_bytes())];
+        let busybox = std::fs::read(busybox).unwrap();
+        let mut files = vec![("bin/busybox", &busybox[..]), ("init", INIT.as_bytes())];
+        files.extend(programs);
         std::fs::write(&initrd, archive(&files)).unwrap();
         let config = MachineConfig {
             initrd: Some(initrd),

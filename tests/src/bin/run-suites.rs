@@ -8,7 +8,7 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
-use lab::{Event, Input, Machine, Snapshot, Status};
+use lab::{Device, Event, Hardware, Input, Machine, Setup, Snapshot, Status};
 
 /// Runs the end-to-end suites or the demonstration where virtual machines can run.
 ///
@@ -35,21 +35,37 @@ enum Action {
         snapshot: Option<Snapshot>,
     },
     /// Runs a test program by itself in the lab: the small guests, unless they ran on this host's hardware.
-    Program {
-        /// The program; it needs nothing but the C library.
-        program: PathBuf,
-        /// Where to write the log.
-        #[arg(long, value_name = "DIRECTORY")]
-        report: PathBuf,
-        /// A guest kernel for the program's Linux guests, whose shell is this machine's busybox.
-        #[arg(long, value_name = "FILE")]
-        kernel: Option<PathBuf>,
-    },
+    Program(Alone),
     /// Runs real images in VMs and shows their output and a timeline.
     Demo {
         #[command(flatten)]
         parts: Parts,
     },
+}
+
+/// A test program by itself.
+#[derive(Clone, Debug, Args)]
+struct Alone {
+    /// The program; it needs nothing but the C library.
+    program: PathBuf,
+    /// Where to write the log.
+    #[arg(long, value_name = "DIRECTORY")]
+    report: PathBuf,
+    /// A guest kernel for the program's Linux guests, whose shell is this machine's busybox.
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Run it in a machine with this device behind an IOMMU, for its guests (see `lab up --help`). Can be repeated.
+    #[arg(long, value_name = "DEVICE", requires = "passthrough")]
+    device: Vec<Device>,
+    /// The static program by which guests use devices that are passed to them.
+    #[arg(long, value_name = "FILE")]
+    passthrough: Option<PathBuf>,
+    /// How often devices come and go.
+    #[arg(long, value_name = "N")]
+    rounds: Option<u32>,
+    /// Run only the tests whose names contain this.
+    #[arg(long, value_name = "TEXT")]
+    filter: Option<String>,
 }
 
 /// Where everything is that the machine needs.
@@ -77,7 +93,7 @@ const LAB_SLOWNESS: &str = "10";
 
 fn main() -> Result<ExitCode> {
     let (parts, program, arguments, snapshots) = match Arguments::parse().action {
-        Action::Program { program, report, kernel } => return alone(&program, &report, kernel.as_deref()),
+        Action::Program(alone) => return alone.run(),
         Action::Test { parts, filter, snapshot } => {
             let snapshots = snapshot.map_or_else(|| vec![Snapshot::Base, Snapshot::Containerd21], |one| vec![one]);
             (parts, "suites", filter.into_iter().collect::<Vec<_>>(), snapshots)
@@ -152,36 +168,68 @@ fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snap
     Ok(status == Status::Exited(0))
 }
 
-/// The guest kernel and the shell of a test program's Linux guests.
+/// By these variables a test program finds what its Linux guests are made of, and the devices for them.
 const KERNEL: &str = "TATAMI_TEST_KERNEL";
 const BUSYBOX: &str = "TATAMI_TEST_BUSYBOX";
+const DEVICES: &str = "TATAMI_TEST_DEVICES";
+const PASSTHROUGH: &str = "TATAMI_TEST_PASSTHROUGH";
+const ROUNDS: &str = "TATAMI_TEST_ROUNDS";
 
-fn alone(program: &Path, report: &Path, kernel: Option<&Path>) -> Result<ExitCode> {
-    let name =
-        program.file_name().with_context(|| format!("{} names no program", program.display()))?.to_string_lossy();
-    if lab::probe::probe().hardware {
-        let Some(kernel) = kernel else {
-            println!("{name} ran on this host's own KVM, with the unit tests");
-            return Ok(ExitCode::SUCCESS);
+impl Alone {
+    fn run(&self) -> Result<ExitCode> {
+        let name = self.program.file_name().with_context(|| format!("{} names no program", self.program.display()))?;
+        let name = name.to_string_lossy();
+        let succeeded = if lab::probe::probe().hardware && self.device.is_empty() {
+            self.on_this_host(&name)?
+        } else {
+            self.in_the_lab(&name)?
         };
-        let status = Command::new(program).env(KERNEL, kernel).status();
-        let status = status.with_context(|| format!("Cannot run {}", program.display()))?;
-        return Ok(if status.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE });
+        Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
-    fs::create_dir_all(report).with_context(|| format!("Cannot create {}", report.display()))?;
-    println!("{name} in the lab");
-    let machine = Machine::restore(Snapshot::Base, &format!("program-{}", std::process::id()))?;
-    machine.push(program, "/root/bin/program")?;
-    let log = Log::create(&report.join(format!("{name}.log")))?;
-    let mut command = lab::Command::new("/root/bin/program");
-    if let Some(kernel) = kernel {
-        machine.push(kernel, "/root/bin/vmlinux")?;
-        machine.push(Path::new("/usr/bin/busybox"), "/root/bin/busybox")?;
-        command = command.env(KERNEL, "/root/bin/vmlinux").env(BUSYBOX, "/root/bin/busybox");
+
+    fn on_this_host(&self, name: &str) -> Result<bool> {
+        let Some(kernel) = &self.kernel else {
+            println!("{name} ran on this host's own KVM, with the unit tests");
+            return Ok(true);
+        };
+        let status = Command::new(&self.program).args(&self.filter).env(KERNEL, kernel).status();
+        Ok(status.with_context(|| format!("Cannot run {}", self.program.display()))?.success())
     }
-    let status = stream(&machine, &command, log)?;
-    machine.end()?;
-    Ok(if status == Status::Exited(0) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+
+    fn in_the_lab(&self, name: &str) -> Result<bool> {
+        fs::create_dir_all(&self.report).with_context(|| format!("Cannot create {}", self.report.display()))?;
+        println!("{name} in the lab");
+        let machine = self.machine()?;
+        machine.push(&self.program, "/root/bin/program")?;
+        let mut command = lab::Command::new("/root/bin/program").args(self.filter.clone());
+        if let Some(kernel) = &self.kernel {
+            machine.push(kernel, "/root/bin/vmlinux")?;
+            machine.push(Path::new("/usr/bin/busybox"), "/root/bin/busybox")?;
+            command = command.env(KERNEL, "/root/bin/vmlinux").env(BUSYBOX, "/root/bin/busybox");
+        }
+        if let Some(passthrough) = &self.passthrough {
+            machine.push(passthrough, "/root/bin/passthrough")?;
+            let devices: Vec<_> = (0..self.device.len()).map(Hardware::address).collect();
+            command = command.env(PASSTHROUGH, "/root/bin/passthrough").env(DEVICES, devices.join(" "));
+        }
+        if let Some(rounds) = self.rounds {
+            command = command.env(ROUNDS, rounds.to_string());
+        }
+        let log = Log::create(&self.report.join(format!("{name}.log")))?;
+        let status = stream(&machine, &command, log)?;
+        machine.end()?;
+        Ok(status == Status::Exited(0))
+    }
+
+    /// A machine from the snapshot; one with devices is booted.
+    fn machine(&self) -> Result<Machine> {
+        let name = format!("program-{}", std::process::id());
+        if self.device.is_empty() {
+            return Ok(Machine::restore(Snapshot::Base, &name)?);
+        }
+        let hardware = self.device.iter().fold(Hardware::new(), |hardware, device| hardware.device(*device));
+        Ok(Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name)?)
+    }
 }
 
 fn stream(machine: &Machine, command: &lab::Command, mut log: Log) -> Result<Status> {
