@@ -139,6 +139,8 @@ pub(super) struct Loop {
     manager: EventManager<Subscriber>,
     workers: BTreeMap<DeviceNumber, SubscriberId>,
     deadline: SubscriberId,
+    /// When the loop is woken, if nothing else does it before.
+    wakes_at: Option<Instant>,
 }
 
 impl Loop {
@@ -149,7 +151,7 @@ impl Loop {
             manager.add_subscriber(Subscriber::Input(input));
         }
         let deadline = manager.add_subscriber(Subscriber::Deadline(TimerFd::new()?));
-        let mut made = Self { manager, workers: BTreeMap::new(), deadline };
+        let mut made = Self { manager, workers: BTreeMap::new(), deadline, wakes_at: None };
         for (number, worker) in workers {
             made.add_worker(number, worker);
         }
@@ -183,7 +185,7 @@ impl Loop {
                     Request::Vcpu { id, event } => hot_plug.vcpu_event(id, event),
                 }
             }
-            hot_plug.expire(self, Instant::now());
+            hot_plug.expire(self);
         }
     }
 
@@ -204,6 +206,11 @@ impl Loop {
 
     /// Wakes the loop at `deadline`, or no longer.
     pub(super) fn wake_at(&mut self, deadline: Option<Instant>) {
+        // Asked for after every round of events: hardly ever another one.
+        if self.wakes_at == deadline && deadline.is_none_or(|deadline| deadline > Instant::now()) {
+            return;
+        }
+        self.wakes_at = deadline;
         let Ok(Subscriber::Deadline(timer)) = self.manager.subscriber_mut(self.deadline) else { return };
         let result = match deadline {
             // A timer of 0 would be none.

@@ -203,7 +203,11 @@ impl HotPlug {
     }
 
     /// Ends what the guest had its time for, and sets the timer for the next.
-    pub(super) fn expire(&mut self, event_loop: &mut Loop, now: Instant) {
+    pub(super) fn expire(&mut self, event_loop: &mut Loop) {
+        if self.moves.is_empty() && self.resize.is_none() {
+            return event_loop.wake_at(None);
+        }
+        let now = Instant::now();
         let due: Vec<u8> = self.moves.iter().filter(|(_, moving)| moving.end <= now).map(|(slot, _)| *slot).collect();
         for slot in due {
             if let Some(moving) = self.moves.remove(&slot) {
