@@ -1,6 +1,7 @@
 //! Runs cases one after another, each between two looks at the machine.
 
 use std::fs;
+use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, anyhow, bail};
@@ -8,7 +9,7 @@ use libtest_mimic::{Failed, Trial};
 
 use crate::context::Context;
 use crate::event::Deadline;
-use crate::leftovers::{Snapshot, describe, settle};
+use crate::leftovers::{Snapshot, Thing, describe, settle};
 
 /// One behaviour that a user of containerd relies on.
 #[derive(Clone, Copy, Debug)]
@@ -62,14 +63,35 @@ pub fn trial(case: Case, context: &Arc<Mutex<Context>>) -> Trial {
     };
     Trial::test(case.name, move || {
         let context = context.lock().unwrap_or_else(PoisonError::into_inner);
+        let before = Snapshot::take(&context.scope).map_err(|error| format!("{error:#}"))?;
         let Err(failure) = attempt(&case, &context) else { return Ok(()) };
         if !context.second_chances.take(&failure) {
             return Err(Failed::from(failure));
         }
         eprintln!("{}: again, for the emulation may have killed its guest: {failure}", case.name);
+        let tidied = Snapshot::take(&context.scope).and_then(|now| remove_fifos(&now.since(&before), Path::new(FIFOS)));
+        tidied.map_err(|error| format!("{error:#}"))?;
         attempt(&case, &context).map_err(|again| Failed::from(format!("{again}\n\nbefore that:\n{failure}")))
     })
     .with_ignored_flag(of_other_runtime)
+}
+
+/// Where `ctr` makes the FIFOs of its containers.
+const FIFOS: &str = "/run/containerd/fifo";
+
+/// Removes what a `ctr` leaves that was ended while it waited for a guest: the FIFOs that it made for its container, which
+/// nobody else removes. Of `things`, that is what lies below `fifos`.
+fn remove_fifos(things: &[Thing], fifos: &Path) -> Result<()> {
+    // A directory comes before what is in it.
+    for thing in things.iter().rev() {
+        if let Thing::File { path } = thing
+            && path.starts_with(fifos)
+        {
+            let removed = if path.is_dir() { fs::remove_dir(path) } else { fs::remove_file(path) };
+            removed.with_context(|| format!("{} of an ended client cannot be removed", path.display()))?;
+        }
+    }
+    Ok(())
 }
 
 /// Runs a case; a failure is told with what containerd logged.
@@ -94,7 +116,7 @@ fn guarded(case: &Case, context: &Context) -> Result<()> {
     if left.is_empty() { Ok(()) } else { Err(anyhow!("Something stays behind{}", describe(&left))) }
 }
 
-fn empty(directory: &std::path::Path) -> Result<()> {
+fn empty(directory: &Path) -> Result<()> {
     for entry in fs::read_dir(directory)?.flatten() {
         let path = entry.path();
         if entry.file_type()?.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) }
@@ -121,4 +143,23 @@ fn log_since(context: &Context) -> String {
     let lines: Vec<&str> = text.lines().filter(|line| !line.contains("level=debug")).collect();
     let shown = lines.iter().skip(lines.len().saturating_sub(LOG_LINES));
     shown.fold("\n\ncontainerd's log:".to_owned(), |all, line| all + "\n  " + line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_fifos_of_clients_are_removed_and_their_directories_after_them() {
+        let root = tempfile::tempdir().unwrap();
+        let (fifos, other) = (root.path().join("fifo"), root.path().join("other"));
+        fs::create_dir_all(fifos.join("1")).unwrap();
+        let files = [fifos.join("1/box-stdin"), fifos.join("1/box-stdout"), other];
+        files.iter().for_each(|file| fs::write(file, "").unwrap());
+        let mut things: Vec<_> =
+            files.iter().chain([&fifos.join("1")]).map(|path| Thing::File { path: path.clone() }).collect();
+        things.sort();
+        remove_fifos(&things, &fifos).unwrap();
+        assert!(files[2].exists() && fifos.exists() && !fifos.join("1").exists());
+    }
 }
