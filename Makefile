@@ -68,7 +68,7 @@ unit: deps
 # The host's KVM was tested by `unit`, if it has one; the lab's is another.
 guests: build ## Small guests on the lab's KVM, and Linux guests that change while they run
 	@set -o pipefail; for test in machine linux; do \
-	    program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test $$test --no-run 2>&1 | tee /dev/stderr \
+	    program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test $$test --no-run 2>&1 | tee -a /dev/stderr \
 	        | sed -n "s/.*(\(.*\/$$test-[0-9a-f]*\))$$/\1/p") || exit 1; \
 	    kernel=; if [ $$test = linux ]; then kernel="--kernel target/kernel/vmlinux"; fi; \
 	    $(OUT)/run-suites program "$$program" --report target/suites $$kernel || exit 1; \
@@ -89,7 +89,7 @@ VFIO_ROUNDS ?= 5
 
 vfio-guests: build passthrough
 	@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
-	    | tee /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
+	    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
 	$(OUT)/run-suites program "$$program" --report target/vfio --filter passthrough --kernel target/kernel/vmlinux \
 	    --passthrough $(PASSTHROUGH) --rounds $(VFIO_ROUNDS) --device edu --device gpu:1G
 
