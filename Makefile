@@ -81,7 +81,8 @@ passthrough: deps
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --profile $(PROFILE) --target $(TARGET) -p lab-passthrough
 
 test-vfio: ## Devices of the host in guests, in a lab machine with an IOMMU, a GPU model and others
-	cargo test --locked --profile $(PROFILE) -p gpu-model -p vfio-check
+	cargo test --locked --profile $(PROFILE) -p gpu-model
+	cargo test --locked --profile $(PROFILE) -p vfio-check --test machine -- --include-ignored --test-threads 1
 	$(MAKE) vfio-guests VFIO_ROUNDS=50
 
 # How often the devices come and go.
