@@ -16,6 +16,7 @@ use std::time::Duration;
 use nix::sys::socket::{AddressFamily, Backlog, SockFlag, SockType, UnixAddr, bind, listen, socket};
 use nix::sys::stat::{Mode, fchmod};
 
+use crate::causes;
 use crate::config::DeviceConfig;
 use crate::manage::{
     BalloonSize, ChangeError, DEFAULT_DEADLINE, DeviceInfo, MachineInfo, Manager, MemorySize, VcpuCount,
@@ -204,7 +205,8 @@ fn answer_all(stream: &UnixStream, manager: &Manager) -> io::Result<()> {
             return write_line(stream, &Line::Error(text));
         }
         let answer = match serde_json::from_slice(&line) {
-            Ok(request) => carry_out(request, manager).map_or_else(|error| Line::Error(with_causes(&error)), Line::Ok),
+            Ok(request) => carry_out(request, manager)
+                .map_or_else(|error| Line::Error(causes::joined(&error, "; because: ")), Line::Ok),
             Err(error) => Line::Error(format!("not a request: {error}")),
         };
         write_line(stream, &answer)?;
@@ -234,16 +236,6 @@ fn carry_out(request: ControlRequest, manager: &Manager) -> Result<ControlAnswer
         ControlRequest::Resume {} => done(manager.resume()),
         ControlRequest::Info {} => manager.info().map(ControlAnswer::Machine),
     }
-}
-
-fn with_causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}; because: {inner}");
-        cause = inner.source();
-    }
-    text
 }
 
 fn write_line(mut stream: &UnixStream, line: &Line) -> io::Result<()> {

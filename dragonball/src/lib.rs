@@ -11,6 +11,7 @@ pub mod virtio;
 mod acpi;
 mod boot;
 mod bus;
+mod causes;
 mod control;
 mod host;
 mod irq;

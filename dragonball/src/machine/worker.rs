@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use event_manager::EventSet;
 
+use crate::causes;
 use crate::control::DeviceRequest;
 use crate::virtio::device::{DeviceError, EventRegistry, Interrupt, Outcome, VirtioDevice};
 use crate::virtio::pci::Lines;
@@ -70,21 +71,10 @@ impl DeviceWorker {
     /// A device that failed is taken from its rings until the driver resets it.
     fn settle(&mut self, result: Result<(), DeviceError>, events: &mut dyn EventRegistry) {
         if let Err(error) = result {
-            tracing::warn!(device = self.kind, error = %chain(&error), "the device needs a reset by the guest");
+            tracing::warn!(device = self.kind, error = %causes::joined(&error, ": "), "the device needs a reset by the guest");
             self.device.reset(events);
             self.lines.set_broken();
         }
         self.lines.set_config(self.device.config());
     }
-}
-
-/// An error with its causes in one line.
-fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(inner) = cause {
-        text = format!("{text}: {inner}");
-        cause = inner.source();
-    }
-    text
 }

@@ -17,6 +17,7 @@ pub(crate) mod listener;
 pub(crate) mod mapping;
 pub(crate) mod plug;
 mod region;
+pub(crate) mod reservation;
 
 pub(crate) use address_space::{AddressSpace, SlotAccess, SlotId};
 pub(crate) use plug::PluggableMemory;

@@ -1,8 +1,9 @@
 //! The mapping of a part of a device's memory into this process.
 
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd};
-use std::ptr::{NonNull, null_mut};
+use std::os::fd::BorrowedFd;
+
+use crate::memory::reservation::Reservation;
 
 /// The largest page that a processor maps at once (1 GiB). A mapping that is aligned to its own size, up to this, lets
 /// the kernel use pages as large as they get: 256 GiB in pages of 4 KiB would need 512 MiB of tables.
@@ -12,17 +13,7 @@ const PAGE: usize = 4096;
 /// Memory of a device in the address space of this process. This process never touches it: it is there for KVM and the
 /// IOMMU.
 #[derive(Debug)]
-pub(crate) struct Mapping {
-    reserved: NonNull<libc::c_void>,
-    reserved_length: usize,
-    start: NonNull<libc::c_void>,
-    length: usize,
-}
-
-// SAFETY: the mapping belongs to the process and not to a thread.
-unsafe impl Send for Mapping {}
-// SAFETY: nothing is accessed through it.
-unsafe impl Sync for Mapping {}
+pub(crate) struct Mapping(Reservation);
 
 impl Mapping {
     /// Maps `length` bytes of `file` from `offset` on, for reading and writing.
@@ -36,45 +27,19 @@ impl Mapping {
         }
         let offset = libc::off_t::try_from(offset).map_err(|_| invalid())?;
         let alignment = length.checked_next_power_of_two().unwrap_or(ALIGNMENT_MAX).min(ALIGNMENT_MAX);
-        let reserved_length = length.checked_add(alignment).ok_or_else(invalid)?;
-        let anonymous = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-        // SAFETY: a new mapping at an address of the kernel's choice touches no memory of ours.
-        let reserved = unsafe { libc::mmap(null_mut(), reserved_length, libc::PROT_NONE, anonymous, -1, 0) };
-        let reserved = mapped(reserved)?;
-        let skip = reserved.cast::<u8>().as_ptr().align_offset(alignment);
-        // SAFETY: `skip` is less than the alignment, by which the reservation is longer than `length`.
-        let start = unsafe { reserved.cast::<u8>().add(skip) }.cast();
-        let mapping = Self { reserved, reserved_length, start, length };
-
-        let (access, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED | libc::MAP_FIXED);
-        // SAFETY: the range lies in the reservation, which nothing else uses, and replaces a part of it.
-        mapped(unsafe { libc::mmap(start.as_ptr(), length, access, flags, file.as_raw_fd(), offset) })?;
-        Ok(mapping)
+        let reservation = Reservation::new(length, alignment, libc::PROT_NONE)?;
+        reservation.place((file, offset), length, libc::PROT_READ | libc::PROT_WRITE, libc::MAP_SHARED)?;
+        Ok(Self(reservation))
     }
 
     /// Where it begins in this process.
     pub(crate) fn address(&self) -> u64 {
-        self.start.as_ptr() as u64
+        self.0.start().as_ptr() as u64
     }
 
     /// Its length in bytes.
     pub(crate) fn length(&self) -> u64 {
-        self.length as u64
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the range is the one that was reserved, and whoever showed it to KVM or the IOMMU owns this value.
-        unsafe { libc::munmap(self.reserved.as_ptr(), self.reserved_length) };
-    }
-}
-
-/// What `mmap` returned, or its error.
-fn mapped(address: *mut libc::c_void) -> io::Result<NonNull<libc::c_void>> {
-    match NonNull::new(address) {
-        Some(address) if address.as_ptr() != libc::MAP_FAILED => Ok(address),
-        _ => Err(io::Error::last_os_error()),
+        self.0.length()
     }
 }
 
