@@ -6,6 +6,7 @@ pub mod events;
 pub mod gate;
 pub mod lifetime;
 pub mod operations;
+mod outlet;
 pub mod process;
 pub mod sandbox;
 pub mod service;
