@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod control_socket;
+pub mod footprint;
 pub mod manage;
 pub mod virtio;
 
