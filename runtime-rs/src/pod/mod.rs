@@ -7,6 +7,7 @@ pub mod gate;
 pub mod lifetime;
 pub mod operations;
 pub mod process;
+pub mod resize;
 pub mod sandbox;
 pub mod service;
 pub mod stdio;
