@@ -31,6 +31,7 @@ pub use config::{
     ConfigError, ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MacAddress, MachineConfig, NetConfig, PmemConfig,
     TapDescriptors, TapSource, VfioConfig, VhostMode, VsockConfig,
 };
+pub use host::memory_limit;
 pub use kvm::KvmError;
 pub use machine::{StartError, start};
 #[cfg(any(test, feature = "testing"))]

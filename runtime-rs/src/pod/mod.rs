@@ -8,6 +8,7 @@ pub mod lifetime;
 pub mod operations;
 mod outlet;
 pub mod process;
+pub mod resize;
 pub mod sandbox;
 pub mod service;
 pub mod stdio;
