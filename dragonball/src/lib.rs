@@ -34,6 +34,7 @@ pub use config::{
 pub use host::memory_limit;
 pub use kvm::KvmError;
 pub use machine::{StartError, start};
+pub use vcpu::mtrr::VcpuMemoryTypes;
 #[cfg(any(test, feature = "testing"))]
 pub use vfio::scene as host_device_scene;
 pub use vm::{ExitReason, Vm};

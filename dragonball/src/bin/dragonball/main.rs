@@ -10,6 +10,7 @@ use outside::{ControlSocket, RawTerminal, StopSignals};
 
 mod cli;
 mod ctl;
+mod mtrr;
 mod outside;
 
 fn main() -> ExitCode {
