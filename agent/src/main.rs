@@ -11,6 +11,7 @@ mod error;
 mod events;
 mod guest;
 mod helper;
+mod hotplug;
 mod launch;
 mod logging;
 mod mounts;
@@ -24,6 +25,7 @@ mod stdio;
 mod sys;
 mod timeline;
 mod transport;
+mod uevents;
 
 use std::process::ExitCode;
 use std::rc::Rc;

@@ -24,11 +24,6 @@ use host::{Device, Host, Kind};
 const LONG: Duration = Duration::from_secs(120);
 const MIB: u64 = 1 << 20;
 
-/// How often devices come and go.
-fn rounds() -> usize {
-    std::env::var("TATAMI_TEST_ROUNDS").map_or(5, |rounds| rounds.parse().unwrap())
-}
-
 /// What this process has open and mapped.
 fn held() -> (usize, usize) {
     (fs::read_dir("/proc/self/fd").unwrap().count(), fs::read_to_string("/proc/self/maps").unwrap().lines().count())
@@ -83,7 +78,7 @@ fn devices_of_the_host_come_work_and_go_again_and_again() {
     let mut guest = guest(&host, config);
     let manager = guest.vm.manager();
     let mut first = None;
-    for round in 0..rounds() {
+    for round in 0..Guest::rounds(5) {
         host.devices.iter().for_each(|device| add(&manager, device));
         if round == 0 {
             assert_eq!(has_iommufd(), std::env::var_os("TATAMI_TEST_IOMMUFD").is_some(), "the way of the devices");

@@ -9,6 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use lab::{Device, Event, Hardware, Input, Machine, Setup, Snapshot, Status};
+use tests::second_chance::SecondChances;
 
 /// Runs the end-to-end suites or the demonstration where virtual machines can run.
 ///
@@ -60,6 +61,12 @@ struct Alone {
     /// The static program by which guests use devices that are passed to them.
     #[arg(long, value_name = "FILE")]
     passthrough: Option<PathBuf>,
+    /// The kernel of that machine: debian (it gives devices by groups) or iommufd (by iommufd).
+    #[arg(long, value_name = "KERNEL", requires = "device", default_value = "debian")]
+    machine_kernel: lab::Kernel,
+    /// A kernel module for the guests, loaded in the order given. Can be repeated.
+    #[arg(long, value_name = "FILE", requires = "passthrough")]
+    module: Vec<PathBuf>,
     /// How often devices come and go.
     #[arg(long, value_name = "N")]
     rounds: Option<u32>,
@@ -173,6 +180,10 @@ const KERNEL: &str = "TATAMI_TEST_KERNEL";
 const BUSYBOX: &str = "TATAMI_TEST_BUSYBOX";
 const DEVICES: &str = "TATAMI_TEST_DEVICES";
 const PASSTHROUGH: &str = "TATAMI_TEST_PASSTHROUGH";
+const MODULES: &str = "TATAMI_TEST_MODULES";
+const IOMMUFD: &str = "TATAMI_TEST_IOMMUFD";
+/// Where the lab machine has the modules for guests.
+const MODULES_PLACE: &str = "/root/bin/modules";
 const ROUNDS: &str = "TATAMI_TEST_ROUNDS";
 
 impl Alone {
@@ -182,9 +193,32 @@ impl Alone {
         let succeeded = if lab::probe::probe().hardware && self.device.is_empty() {
             self.on_this_host(&name)?
         } else {
-            self.in_the_lab(&name)?
+            self.with_second_chances(&name)?
         };
         Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    /// The tests whose guests died run once more, in a machine of their own.
+    fn with_second_chances(&self, name: &str) -> Result<bool> {
+        let chances = SecondChances::new(true);
+        let mut filter: Vec<_> = self.filter.iter().cloned().collect();
+        loop {
+            if self.in_the_lab(name, &filter)? {
+                return Ok(true);
+            }
+            let log = self.log(name);
+            let text = fs::read_to_string(&log).with_context(|| format!("Cannot read {}", log.display()))?;
+            let failed = failed_tests(&text);
+            if failed.is_empty() || !chances.take(&text) {
+                return Ok(false);
+            }
+            println!("\nA guest died or hung on emulated processors; once more: {}", failed.join(", "));
+            filter = std::iter::once("--exact".to_owned()).chain(failed).collect();
+        }
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.report.join(format!("{name}.log"))
     }
 
     fn on_this_host(&self, name: &str) -> Result<bool> {
@@ -196,12 +230,12 @@ impl Alone {
         Ok(status.with_context(|| format!("Cannot run {}", self.program.display()))?.success())
     }
 
-    fn in_the_lab(&self, name: &str) -> Result<bool> {
+    fn in_the_lab(&self, name: &str, filter: &[String]) -> Result<bool> {
         fs::create_dir_all(&self.report).with_context(|| format!("Cannot create {}", self.report.display()))?;
         println!("{name} in the lab");
         let machine = self.machine()?;
         machine.push(&self.program, "/root/bin/program")?;
-        let mut command = lab::Command::new("/root/bin/program").args(self.filter.clone());
+        let mut command = lab::Command::new("/root/bin/program").args(filter.to_vec());
         if let Some(kernel) = &self.kernel {
             machine.push(kernel, "/root/bin/vmlinux")?;
             machine.push(Path::new("/usr/bin/busybox"), "/root/bin/busybox")?;
@@ -212,11 +246,18 @@ impl Alone {
             let devices: Vec<_> = (0..self.device.len()).map(Hardware::address).collect();
             command = command.env(PASSTHROUGH, "/root/bin/passthrough").env(DEVICES, devices.join(" "));
         }
+        for (number, module) in self.module.iter().enumerate() {
+            let name = module.file_name().unwrap_or_default().to_string_lossy();
+            machine.push(module, &format!("{MODULES_PLACE}/{number}-{name}"))?;
+            command = command.env(MODULES, MODULES_PLACE);
+        }
+        if self.machine_kernel == lab::Kernel::Iommufd {
+            command = command.env(IOMMUFD, "1");
+        }
         if let Some(rounds) = self.rounds {
             command = command.env(ROUNDS, rounds.to_string());
         }
-        let log = Log::create(&self.report.join(format!("{name}.log")))?;
-        let status = stream(&machine, &command, log)?;
+        let status = stream(&machine, &command, Log::create(&self.log(name))?)?;
         machine.end()?;
         Ok(status == Status::Exited(0))
     }
@@ -227,7 +268,8 @@ impl Alone {
         if self.device.is_empty() {
             return Ok(Machine::restore(Snapshot::Base, &name)?);
         }
-        let hardware = self.device.iter().fold(Hardware::new(), |hardware, device| hardware.device(*device));
+        let empty = Hardware::new().kernel(self.machine_kernel);
+        let hardware = self.device.iter().fold(empty, |hardware, device| hardware.device(*device));
         Ok(Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name)?)
     }
 }
@@ -238,6 +280,12 @@ fn stream(machine: &Machine, command: &lab::Command, mut log: Log) -> Result<Sta
         Event::Ended(_) => {}
     })?;
     Ok(status)
+}
+
+/// The tests that a log of Rust's test harness names as failed.
+fn failed_tests(log: &str) -> Vec<String> {
+    let failed = |line: &str| Some(line.strip_prefix("test ")?.strip_suffix(" ... FAILED")?.to_owned());
+    log.lines().filter_map(failed).collect()
 }
 
 /// Shows what a program writes and keeps it.
@@ -272,5 +320,18 @@ impl Write for Log {
 
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod log_tests {
+    use super::failed_tests;
+
+    #[test]
+    fn failed_tests_are_found_in_a_log_among_what_guests_print() {
+        let log = "running 3 tests\ntest memory::grows ... ok\ntest hot_plug::comes ... FAILED\n[ 1.2] test x\n\
+                   test passthrough::used ... FAILED\n\nfailures:\n    hot_plug::comes\n";
+        assert_eq!(failed_tests(log), ["hot_plug::comes", "passthrough::used"]);
+        assert!(failed_tests("").is_empty());
     }
 }
