@@ -13,6 +13,7 @@ mod guest;
 mod helper;
 mod launch;
 mod logging;
+mod memory_types;
 mod mounts;
 mod network;
 mod process;
