@@ -11,6 +11,7 @@ mod error;
 mod events;
 mod guest;
 mod helper;
+mod hotplug;
 mod launch;
 mod logging;
 mod memory_types;
@@ -25,6 +26,7 @@ mod stdio;
 mod sys;
 mod timeline;
 mod transport;
+mod uevents;
 
 use std::process::ExitCode;
 use std::rc::Rc;

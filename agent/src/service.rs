@@ -15,7 +15,10 @@ use futures::future::LocalBoxFuture;
 use protobuf::well_known_types::empty::Empty;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
-use protocols::agent::{Event, MemoryTypesRequest, MemoryTypesResponse, NextEventRequest, SetupRequest, SetupResponse};
+use protocols::agent::{
+    Event, MemoryTypesRequest, MemoryTypesResponse, NextEventRequest, OnlineCpuMemRequest, OnlineCpuMemResponse,
+    SetupRequest, SetupResponse,
+};
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::containerd::api::{
     CheckpointTaskRequest, CloseIORequest, ConnectRequest, ConnectResponse, CreateTaskRequest, CreateTaskResponse,
@@ -30,6 +33,7 @@ use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::error::{Error, Result};
 use crate::guest::Guest;
+use crate::hotplug;
 use crate::memory_types;
 use crate::process::Phase;
 use crate::reaper::Exit;
@@ -131,6 +135,14 @@ impl Handle {
 impl AgentService for Handle {
     async fn setup(&self, _: &TtrpcContext, request: SetupRequest) -> ttrpc::Result<SetupResponse> {
         self.now(move |guest| guest.setup(&request)).await
+    }
+
+    async fn online_cpu_mem(
+        &self,
+        _: &TtrpcContext,
+        request: OnlineCpuMemRequest,
+    ) -> ttrpc::Result<OnlineCpuMemResponse> {
+        self.change(async move |_| hotplug::online(&request).await).await
     }
 
     async fn next_event(&self, _: &TtrpcContext, _: NextEventRequest) -> ttrpc::Result<Event> {

@@ -31,6 +31,13 @@ impl Limits {
     }
 }
 
+/// The most guest memory of one machine on this host, in bytes: a multiple of the granule.
+#[must_use]
+pub fn memory_limit() -> u64 {
+    let limits = Limits { memory: total_memory(), address_bits: address_bits(), vcpus: u8::MAX };
+    limits.guest_memory().0
+}
+
 /// The host's RAM in bytes.
 fn total_memory() -> u64 {
     // SAFETY: sysinfo is a plain structure of integers, for which all zeroes is a value.

@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod control_socket;
+pub mod footprint;
 pub mod manage;
 pub mod virtio;
 
@@ -30,6 +31,7 @@ pub use config::{
     ConfigError, ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MacAddress, MachineConfig, NetConfig, PmemConfig,
     TapDescriptors, TapSource, VfioConfig, VhostMode, VsockConfig,
 };
+pub use host::memory_limit;
 pub use kvm::KvmError;
 pub use machine::{StartError, start};
 pub use vcpu::mtrr::VcpuMemoryTypes;

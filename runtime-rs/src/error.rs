@@ -7,7 +7,8 @@ use std::time::Duration;
 use protocols::containerd::ttrpc;
 use ttrpc::Code;
 
-use crate::machine::{ExitReason, LaunchError};
+use crate::machine::{ChangeError, ExitReason, LaunchError};
+use crate::sizing::SizeError;
 
 /// The failure of a request.
 #[derive(Debug, thiserror::Error)]
@@ -27,6 +28,34 @@ pub enum Error {
     /// A mount for the container.
     #[error(transparent)]
     Mount(#[from] crate::host::mount::MountError),
+    /// The limits of containers and the size of the machine do not go together.
+    #[error(transparent)]
+    Size(#[from] crate::sizing::SizeError),
+    /// The machine was asked to grow and did not.
+    #[error("the virtual machine cannot have {wanted} for the container's limits; it is as it was before")]
+    Grow {
+        /// What it was to have.
+        wanted: String,
+        /// Why not.
+        #[source]
+        source: Box<Error>,
+    },
+    /// The machine refused a change.
+    #[error(transparent)]
+    Change(#[from] ChangeError),
+    /// The guest did less than it was asked to within the deadline.
+    #[error(
+        "the guest reached {reached} of {wanted} within {deadline:?}: it hangs, or is slower than \
+        `create_container_timeout` in [agent.kata] allows"
+    )]
+    Short {
+        /// What there is.
+        reached: String,
+        /// What was wanted.
+        wanted: String,
+        /// The deadline that passed.
+        deadline: Duration,
+    },
     /// The virtual machine did not start.
     #[error(transparent)]
     Launch(#[from] LaunchError),
@@ -96,16 +125,32 @@ impl Error {
         match self {
             Self::Name(_) | Self::Spec(_) | Self::Invalid(_) => Code::INVALID_ARGUMENT,
             Self::Launch(LaunchError::Config(_) | LaunchError::Image { .. }) => Code::FAILED_PRECONDITION,
+            Self::Config(config::ConfigError::Annotation(_)) => Code::INVALID_ARGUMENT,
             Self::State(_) | Self::Config(_) => Code::FAILED_PRECONDITION,
             Self::GuestHangs { .. } => Code::DEADLINE_EXCEEDED,
             Self::GuestEnded { .. } | Self::GuestGone(_) => Code::UNAVAILABLE,
             Self::Agent(_, code) => *code,
+            Self::Size(SizeError::Defaults { .. }) => Code::FAILED_PRECONDITION,
+            Self::Size(_) => Code::RESOURCE_EXHAUSTED,
+            Self::Grow { source, .. } => source.code(),
+            Self::Short { .. } => Code::DEADLINE_EXCEEDED,
+            Self::Change(error) => change_code(error),
             Self::NotFound(_) => Code::NOT_FOUND,
             Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Mount(error) => error.code(),
             Self::Journal(_) | Self::Launch(_) | Self::Host { .. } => Code::INTERNAL,
         }
+    }
+}
+
+fn change_code(error: &ChangeError) -> Code {
+    match error {
+        ChangeError::NotPluggable | ChangeError::Config(_) | ChangeError::Device { .. } => Code::FAILED_PRECONDITION,
+        ChangeError::Vcpus { .. } | ChangeError::Memory { .. } | ChangeError::NoSlot => Code::RESOURCE_EXHAUSTED,
+        ChangeError::Unseen(_) | ChangeError::NoDriver(_) | ChangeError::InUse(_) => Code::DEADLINE_EXCEEDED,
+        ChangeError::Ended => Code::UNAVAILABLE,
+        _ => Code::INTERNAL,
     }
 }
 

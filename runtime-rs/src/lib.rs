@@ -15,6 +15,7 @@ pub mod info;
 pub mod machine;
 pub mod paths;
 pub mod pod;
+pub mod sizing;
 pub mod spec;
 pub mod start;
 

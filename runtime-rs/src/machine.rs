@@ -2,11 +2,17 @@
 
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::Duration;
 
 use config::Config;
+use dragonball::manage::Manager;
 use dragonball::{ConsoleOutput, FsConfig, MachineConfig, PmemConfig, VsockConfig};
 
+use crate::sizing::Range;
+
 pub use dragonball::ExitReason;
+pub use dragonball::manage::ChangeError;
 
 /// What makes virtual machines.
 pub trait Launcher: Send + Sync {
@@ -30,6 +36,25 @@ pub trait Machine: Send + Sync {
     fn console_tail(&self) -> String;
     /// What happened when, in nanoseconds of CLOCK_MONOTONIC.
     fn stamps(&self) -> Vec<(&'static str, u64)>;
+    /// What changes it while it runs; of no use once it has ended.
+    fn hardware(&self) -> Arc<dyn Hardware>;
+}
+
+/// What a running machine consists of, to be changed. Each call blocks until the guest has followed or the deadline is
+/// over.
+pub trait Hardware: Send + Sync {
+    /// Has this many vCPUs; answers how many there are.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError`].
+    fn resize_vcpus(&self, count: u8, deadline: Duration) -> Result<u8, ChangeError>;
+    /// Has this many bytes of memory; answers how many there are.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError`].
+    fn resize_memory(&self, bytes: u64, deadline: Duration) -> Result<u64, ChangeError>;
 }
 
 /// What a sandbox's machine consists of.
@@ -41,10 +66,8 @@ pub struct Plan {
     pub image: PathBuf,
     /// Added to the machine's own kernel command line.
     pub cmdline: String,
-    /// Number of vCPUs.
-    pub vcpus: u8,
-    /// Guest memory in bytes.
-    pub memory: u64,
+    /// vCPUs and memory.
+    pub size: Range,
     /// Directory that the containers share with the host.
     pub shared: PathBuf,
     /// Unix socket of the vsock device.
@@ -73,9 +96,9 @@ pub enum LaunchError {
 }
 
 impl Plan {
-    /// The machine of a sandbox whose sockets and shared directory are given.
+    /// The machine of a sandbox whose size, sockets and shared directory are given.
     #[must_use]
-    pub fn new(config: &Config, vsock: &Path, shared: &Path, debug_console: Option<PathBuf>) -> Self {
+    pub fn new(config: &Config, size: Range, vsock: &Path, shared: &Path, debug_console: Option<PathBuf>) -> Self {
         let hypervisor = &config.hypervisor;
         let mut cmdline =
             String::from("root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/kata-agent");
@@ -90,9 +113,7 @@ impl Plan {
             kernel: hypervisor.kernel.clone(),
             image: hypervisor.image.clone(),
             cmdline,
-            vcpus: hypervisor.default_vcpus,
-            // dragonball takes multiples of 2 MiB; the configuration counts in MiB.
-            memory: hypervisor.default_memory.next_multiple_of(dragonball::config::MEMORY_GRANULE),
+            size,
             shared: shared.to_owned(),
             vsock: vsock.to_owned(),
             debug_console,
@@ -109,8 +130,12 @@ impl Launcher for Dragonball {
         check_image(&plan.image)?;
         let mut config = MachineConfig::new(&plan.kernel);
         config.cmdline.clone_from(&plan.cmdline);
-        config.vcpus = plan.vcpus;
-        config.memory = plan.memory;
+        let Range { boot, max, .. } = plan.size;
+        config.vcpus = boot.vcpus;
+        config.vcpus_max = Some(max.vcpus);
+        config.hot_plug = plan.size.vcpus_can_come();
+        config.memory = boot.memory;
+        config.memory_max = Some(max.memory);
         config.pmem = vec![PmemConfig { path: plan.image.clone(), read_only: true }];
         config.fs = vec![FsConfig { tag: protocols::SHARED_TAG.to_owned(), directory: plan.shared.clone() }];
         config.vsock = Some(VsockConfig { guest_cid: protocols::GUEST_CID, socket: plan.vsock.clone() });
@@ -146,6 +171,20 @@ impl Machine for dragonball::Vm {
 
     fn stamps(&self) -> Vec<(&'static str, u64)> {
         Self::stamps(self)
+    }
+
+    fn hardware(&self) -> Arc<dyn Hardware> {
+        Arc::new(self.manager())
+    }
+}
+
+impl Hardware for Manager {
+    fn resize_vcpus(&self, count: u8, deadline: Duration) -> Result<u8, ChangeError> {
+        Self::resize_vcpus(self, count, deadline).map(|count| count.present)
+    }
+
+    fn resize_memory(&self, bytes: u64, deadline: Duration) -> Result<u64, ChangeError> {
+        Self::resize_memory(self, bytes, deadline).map(|size| size.present)
     }
 }
 

@@ -12,6 +12,8 @@ use std::path::{Path, PathBuf};
 use protocols::{BUNDLES_DIR, MAX_SPEC, SHARED_DIR};
 use serde_json::{Map, Value, json};
 
+use crate::sizing::Demand;
+
 /// Why a container cannot be made from this specification.
 #[derive(Debug, thiserror::Error)]
 pub enum SpecError {
@@ -139,9 +141,22 @@ impl Spec {
     /// What container `id` is to its sandbox.
     #[must_use]
     pub fn role(&self, id: &str) -> Role {
+        Role::of(&self.annotations(), id)
+    }
+
+    /// Its annotations.
+    #[must_use]
+    pub fn annotations(&self) -> HashMap<String, String> {
         let annotations = self.fields.get("annotations").and_then(Value::as_object);
         let text = |(key, value): (&String, &Value)| Some((key.clone(), value.as_str()?.to_owned()));
-        Role::of(&annotations.into_iter().flatten().filter_map(text).collect(), id)
+        annotations.into_iter().flatten().filter_map(text).collect()
+    }
+
+    /// What it is limited to.
+    #[must_use]
+    pub fn limits(&self) -> Demand {
+        let resources = self.fields.get("linux").and_then(|linux| linux.get("resources"));
+        resources.map_or_else(Demand::default, |resources| Demand::of(resources, Demand::default()))
     }
 
     /// The host name that the sandbox gets; empty for none.
@@ -224,17 +239,22 @@ fn rewrite_linux(linux: &mut Map<String, Value>, id: &str) -> Result<(), SpecErr
         check_device(device)?;
     }
     if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
-        // Devices and network classes of the host.
-        for host_only in ["blockIO", "network", "rdma"] {
-            resources.remove(host_only);
-        }
-        if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
-            // CPUs and nodes of the host.
-            cpu.remove("cpus");
-            cpu.remove("mems");
-        }
+        keep_guest_resources(resources);
     }
     Ok(())
+}
+
+/// Keeps of a container's resources what means something in the guest.
+pub fn keep_guest_resources(resources: &mut Map<String, Value>) {
+    // Devices and network classes of the host.
+    for host_only in ["blockIO", "network", "rdma"] {
+        resources.remove(host_only);
+    }
+    if let Some(cpu) = resources.get_mut("cpu").and_then(Value::as_object_mut) {
+        // CPUs and nodes of the host: as in Kata, the guest's have nothing to do with them.
+        cpu.remove("cpus");
+        cpu.remove("mems");
+    }
 }
 
 /// The virtual machine is the pod's network; a namespace that the specification names by a path belongs to the pod, and

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use regex_lite::Regex;
+
 use crate::{Config, MAX_MEMORY_MIB, MAX_VCPUS, MIN_MEMORY_MIB};
 
 /// One key of the configuration file.
@@ -20,6 +22,13 @@ pub(crate) enum Value {
     Text(fn(&mut Config, String)),
     /// Must be absolute.
     Path(fn(&mut Config, PathBuf)),
+    /// The one word that is served, and why others are not.
+    Only {
+        word: &'static str,
+        others: &'static str,
+    },
+    /// Regular expressions.
+    Patterns(fn(&mut Config, Vec<String>)),
     /// Must be absolute; empty means unset.
     OptionalPath(fn(&mut Config, Option<PathBuf>)),
     /// Inclusive range and unit.
@@ -49,6 +58,15 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key {
+        name: "hypervisor.dragonball.default_maxvcpus",
+        value: Value::Number {
+            min: 0,
+            max: MAX_VCPUS,
+            unit: "vCPUs",
+            set: |config, count| config.hypervisor.default_maxvcpus = u8::try_from(count).unwrap_or(u8::MAX),
+        },
+    },
+    Key {
         name: "hypervisor.dragonball.default_memory",
         value: Value::Number {
             min: MIN_MEMORY_MIB,
@@ -56,6 +74,19 @@ pub const KEYS: &[Key] = &[
             unit: "MiB",
             set: |config, mib| config.hypervisor.default_memory = mib << 20,
         },
+    },
+    Key {
+        name: "hypervisor.dragonball.default_maxmemory",
+        value: Value::Number {
+            min: 0,
+            max: MAX_MEMORY_MIB,
+            unit: "MiB",
+            set: |config, mib| config.hypervisor.default_maxmemory = mib << 20,
+        },
+    },
+    Key {
+        name: "hypervisor.dragonball.enable_annotations",
+        value: Value::Patterns(|config, patterns| config.hypervisor.enable_annotations = patterns),
     },
     Key {
         name: "hypervisor.dragonball.enable_debug",
@@ -81,6 +112,17 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key { name: "runtime.enable_debug", value: Value::Flag(|config, flag| config.runtime.enable_debug = flag) },
+    Key {
+        name: "runtime.static_sandbox_resource_mgmt",
+        value: Value::Flag(|config, flag| config.runtime.static_sandbox_resource_mgmt = flag),
+    },
+    Key {
+        name: "runtime.vfio_mode",
+        value: Value::Only {
+            word: "guest-kernel",
+            others: "a device of the host is used through its driver in the guest's kernel, not through VFIO in the guest",
+        },
+    },
     Key { name: "runtime.timeline_dir", value: Value::OptionalPath(|config, path| config.runtime.timeline_dir = path) },
 ];
 
@@ -91,15 +133,7 @@ pub(crate) fn is_table(name: &str) -> bool {
 
 /// What to write instead of an unknown name.
 pub(crate) fn advice(name: &str) -> String {
-    let last = name.rsplit('.').next().unwrap_or(name);
-    let nearest = KEYS.iter().map(|key| key.name).max_by(|left, right| {
-        let score = |known: &str| {
-            let known_last = known.rsplit('.').next().unwrap_or(known);
-            strsim::jaro_winkler(name, known) + strsim::jaro_winkler(last, known_last)
-        };
-        score(left).total_cmp(&score(right))
-    });
-    match nearest.and_then(|nearest| nearest.rsplit_once('.')) {
+    match nearest(name, KEYS.iter().map(|key| key.name)).and_then(|nearest| nearest.rsplit_once('.')) {
         Some((table, key)) => {
             format!("the nearest known one is `{key}` in [{table}]; correct the name or remove the line")
         }
@@ -107,7 +141,30 @@ pub(crate) fn advice(name: &str) -> String {
     }
 }
 
+/// The one among `known` that `name` resembles most, by the whole and by its last part.
+pub(crate) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let last = |name: &str| name.rsplit('.').next().unwrap_or_default().to_owned();
+    let score = |known: &str| strsim::jaro_winkler(name, known) + strsim::jaro_winkler(&last(name), &last(known));
+    known.max_by(|left, right| score(left).total_cmp(&score(right)))
+}
+
 /// Relative paths would depend on the directory that containerd happens to run in.
 pub(crate) fn is_absolute(text: &str) -> bool {
     Path::new(text).is_absolute()
+}
+
+/// The number, if it is within the limits; else the problem and the remedy.
+pub(crate) fn within(count: i128, min: u64, max: u64, unit: &str) -> Result<u64, (String, String)> {
+    let problem = match u64::try_from(count) {
+        Ok(count) if (min..=max).contains(&count) => return Ok(count),
+        Ok(count) if count > max => format!("more than the limit of {max} {unit}"),
+        Err(_) if count > 0 => format!("more than the limit of {max} {unit}"),
+        _ => format!("less than the least of {min} {unit}"),
+    };
+    Err((problem, format!("write a whole number from {min} to {max}")))
+}
+
+/// The regular expression that a whole name must match.
+pub(crate) fn whole_name(pattern: &str) -> Result<Regex, regex_lite::Error> {
+    Regex::new(&format!("^(?:{pattern})$"))
 }

@@ -4,6 +4,7 @@
 //! `/usr/share/defaults/kata-containers/configuration.toml`. A key that does nothing here is refused, and the error
 //! names the nearest key that does; a value out of range is refused with the limit and the remedy.
 
+mod annotations;
 mod keys;
 mod parse;
 
@@ -11,6 +12,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+pub use annotations::{AnnotationError, PREFIX as ANNOTATION_PREFIX};
 pub use keys::{KEYS, Key};
 
 /// Environment variable that names the configuration file, before all other places.
@@ -51,8 +53,14 @@ pub struct Hypervisor {
     pub kernel_params: String,
     /// vCPUs at the start, 1 to [`MAX_VCPUS`].
     pub default_vcpus: u8,
-    /// Guest memory in bytes.
+    /// vCPUs that the limits of containers may ask for, up to [`MAX_VCPUS`]; 0 stands for those of the host.
+    pub default_maxvcpus: u8,
+    /// Guest memory at the start in bytes.
     pub default_memory: u64,
+    /// Guest memory in bytes that the limits of containers may ask for; 0 stands for the RAM of the host.
+    pub default_maxmemory: u64,
+    /// Which keys of this table a pod's annotations may change: regular expressions for whole names.
+    pub enable_annotations: Vec<String>,
     /// Writes the guest's console to the log and has a debug UART.
     pub enable_debug: bool,
 }
@@ -73,6 +81,8 @@ pub struct Agent {
 pub struct Runtime {
     /// The runtime logs at debug.
     pub enable_debug: bool,
+    /// A machine is sized once, from what its sandbox is known to need, and does not grow.
+    pub static_sandbox_resource_mgmt: bool,
     /// Boot timelines are written to this directory when it is set.
     pub timeline_dir: Option<PathBuf>,
 }
@@ -85,7 +95,10 @@ impl Default for Config {
                 image: PathBuf::from("/usr/share/kata-containers/kata-containers.img"),
                 kernel_params: String::new(),
                 default_vcpus: 1,
+                default_maxvcpus: 0,
                 default_memory: 256 << 20,
+                default_maxmemory: 0,
+                enable_annotations: ["kernel_params", "default_vcpus", "default_memory"].map(str::to_owned).to_vec(),
                 enable_debug: false,
             },
             agent: Agent {
@@ -93,7 +106,7 @@ impl Default for Config {
                 reconnect_timeout: Duration::from_secs(30),
                 create_container_timeout: Duration::from_secs(60),
             },
-            runtime: Runtime { enable_debug: false, timeline_dir: None },
+            runtime: Runtime { enable_debug: false, static_sandbox_resource_mgmt: false, timeline_dir: None },
         }
     }
 }
@@ -140,6 +153,9 @@ pub enum ConfigError {
         /// The nearest known one.
         advice: String,
     },
+    /// A pod's annotation.
+    #[error(transparent)]
+    Annotation(Box<AnnotationError>),
     /// A value of the wrong type or out of range.
     #[error("configuration {path}, line {line}: {key} = {value}: {problem}; {remedy}")]
     BadValue {

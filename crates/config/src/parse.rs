@@ -74,25 +74,39 @@ impl Source<'_> {
                 set(config, flag);
             }
             Value::Text(set) => set(config, text()?.to_owned()),
+            Value::Only { word, others } => {
+                if text()? != *word {
+                    return Err(bad((*others).to_owned(), &format!("write \"{word}\" or remove the line")));
+                }
+            }
+            Value::Patterns(set) => set(config, patterns(found).map_err(|(problem, remedy)| bad(problem, remedy))?),
             Value::Path(set) => set(config, absolute(text()?)?),
             Value::OptionalPath(set) => {
                 set(config, Some(text()?).filter(|text| !text.is_empty()).map(absolute).transpose()?)
             }
             Value::Number { min, max, unit, set } => {
-                let remedy = format!("write a whole number from {min} to {max}");
-                let number = found.as_integer().ok_or_else(|| bad("not a whole number".to_owned(), &remedy))?;
-                let digits = number.as_str();
-                let count = i128::from_str_radix(digits, number.radix())
-                    .map_err(|_| bad(format!("more than the limit of {max} {unit}"), &remedy))?;
-                match u64::try_from(count) {
-                    Ok(count) if count > *max => {
-                        return Err(bad(format!("more than the limit of {max} {unit}"), &remedy));
-                    }
-                    Ok(count) if count >= *min => set(config, count),
-                    _ => return Err(bad(format!("less than the least of {min} {unit}"), &remedy)),
-                }
+                let number = found.as_integer().ok_or_else(|| {
+                    bad("not a whole number".to_owned(), &format!("write a whole number from {min} to {max}"))
+                })?;
+                // What does not fit 128 bits is more than any limit.
+                let count = i128::from_str_radix(number.as_str(), number.radix()).unwrap_or(i128::MAX);
+                set(config, keys::within(count, *min, *max, unit).map_err(|(problem, remedy)| bad(problem, &remedy))?);
             }
         }
         Ok(())
     }
+}
+
+/// Strings that are regular expressions.
+fn patterns(value: &DeValue<'_>) -> Result<Vec<String>, (String, &'static str)> {
+    const REMEDY: &str = "write [\"one\", \"two\"]";
+    let list = value.as_array().ok_or_else(|| ("not a list".to_owned(), REMEDY))?;
+    let pattern = |value: &Spanned<DeValue<'_>>| {
+        let text = value.get_ref().as_str().ok_or_else(|| ("not a list of strings".to_owned(), REMEDY))?;
+        match keys::whole_name(text) {
+            Ok(_) => Ok(text.to_owned()),
+            Err(error) => Err((error.to_string(), "correct the regular expression")),
+        }
+    };
+    list.iter().map(pattern).collect()
 }

@@ -38,7 +38,10 @@ fn every_key_reaches_its_field() {
         image = "/i"
         kernel_params = "quiet"
         default_vcpus = 4
+        default_maxvcpus = 6
         default_memory = 2048
+        default_maxmemory = 4096
+        enable_annotations = ["default_.*"]
         enable_debug = true
         [agent.kata]
         enable_debug = true
@@ -46,6 +49,8 @@ fn every_key_reaches_its_field() {
         create_container_timeout = 9
         [runtime]
         enable_debug = true
+        static_sandbox_resource_mgmt = true
+        vfio_mode = "guest-kernel"
         timeline_dir = "/t"
         "#,
     )
@@ -54,6 +59,9 @@ fn every_key_reaches_its_field() {
     assert_eq!(config.hypervisor.image, Path::new("/i"));
     assert_eq!(config.hypervisor.kernel_params, "quiet");
     assert_eq!((config.hypervisor.default_vcpus, config.hypervisor.default_memory), (4, 2048 << 20));
+    assert_eq!((config.hypervisor.default_maxvcpus, config.hypervisor.default_maxmemory), (6, 4096 << 20));
+    assert_eq!(config.hypervisor.enable_annotations, ["default_.*"]);
+    assert!(config.runtime.static_sandbox_resource_mgmt);
     assert!(config.hypervisor.enable_debug && config.agent.enable_debug && config.runtime.enable_debug);
     assert_eq!(config.agent.reconnect_timeout.as_millis(), 1500);
     assert_eq!(config.agent.create_container_timeout.as_secs(), 9);
@@ -76,6 +84,10 @@ fn every_key_reaches_its_field() {
 #[case::empty_path("[hypervisor.dragonball]\nimage = \"\"", &["not an absolute path"])]
 #[case::no_string("[hypervisor.dragonball]\nkernel = 7", &["not a string", "double quotes"])]
 #[case::no_flag("[runtime]\nenable_debug = \"yes\"", &["not a flag", "true or false"])]
+#[case::vfio_mode("[runtime]\nvfio_mode = \"vfio\"", &["\"vfio\"", "driver in the guest's kernel", "write \"guest-kernel\""])]
+#[case::no_list("[hypervisor.dragonball]\nenable_annotations = \"a\"", &["not a list", "[\"one\", \"two\"]"])]
+#[case::no_strings("[hypervisor.dragonball]\nenable_annotations = [1]", &["not a list of strings"])]
+#[case::no_pattern("[hypervisor.dragonball]\nenable_annotations = [\"(\"]", &["line 2", "regular expression"])]
 #[case::syntax("[runtime]\nenable_debug = = 1", &["line 2", "TOML"])]
 #[case::twice("[runtime]\nenable_debug = true\nenable_debug = true", &["line 3", "duplicate key"])]
 fn a_bad_file_is_refused_with_its_line_the_limit_and_the_remedy(#[case] text: &str, #[case] parts: &[&str]) {

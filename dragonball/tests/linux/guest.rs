@@ -142,7 +142,8 @@ impl Guest {
         let mut text = String::new();
         loop {
             let line = self.lines.recv_timeout(PATIENCE).unwrap_or_else(|error| {
-                panic!("no answer from the guest ({error}); its console: {}", self.vm.console_tail())
+                let (seconds, tail) = (PATIENCE.as_secs(), self.vm.console_tail());
+                panic!("the guest did not answer within {seconds} s ({error}); its console: {tail}")
             });
             let line = line.trim_end_matches('\r');
             if line.ends_with(END) {

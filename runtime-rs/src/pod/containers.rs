@@ -19,6 +19,7 @@ use super::process::{Exit, Phase, Process};
 use super::sandbox::Sandbox;
 use crate::error::{Error, chain};
 use crate::host::blocking;
+use crate::sizing::Demand;
 
 /// Execs of one container at once, at most: each holds FIFOs and streams.
 const MAX_EXECS: usize = 1024;
@@ -32,15 +33,24 @@ pub struct Container {
     pub bundle: String,
     init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
-    effects: Mutex<Vec<EffectId>>,
+    hold: Mutex<Hold>,
     pause: bool,
+}
+
+/// What a container holds until it is deleted.
+#[derive(Debug, Default)]
+pub struct Hold {
+    /// What its storage did to the host.
+    pub effects: Vec<EffectId>,
+    /// What the machine was made large enough for.
+    pub limits: Demand,
 }
 
 impl Container {
     /// A container with its init; `pause` is the one that stands for a pod and is known to the host alone.
     #[must_use]
-    pub fn new(id: String, bundle: String, init: Arc<Process>, effects: Vec<EffectId>, pause: bool) -> Self {
-        Self { id, bundle, init, execs: Mutex::default(), effects: Mutex::new(effects), pause }
+    pub fn new(id: String, bundle: String, init: Arc<Process>, hold: Hold, pause: bool) -> Self {
+        Self { id, bundle, init, execs: Mutex::default(), hold: Mutex::new(hold), pause }
     }
 
     /// Its first process.
@@ -55,7 +65,21 @@ impl Container {
 
     /// Takes what its storage did to the host.
     pub fn take_effects(&self) -> Vec<EffectId> {
-        std::mem::take(&mut *self.effects.lock().unwrap_or_else(PoisonError::into_inner))
+        std::mem::take(&mut self.hold().effects)
+    }
+
+    /// What it is limited to.
+    pub fn limits(&self) -> Demand {
+        self.hold().limits
+    }
+
+    /// It is limited to this now.
+    pub fn set_limits(&self, limits: Demand) {
+        self.hold().limits = limits;
+    }
+
+    fn hold(&self) -> MutexGuard<'_, Hold> {
+        self.hold.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The init for an empty `exec_id`, or that exec.
@@ -159,6 +183,11 @@ impl Containers {
         self.lock().values().all(|slot| matches!(slot, Slot::Making { abandoned: true }))
     }
 
+    /// Whether there are others, made or being made.
+    pub fn has_others(&self, id: &str) -> bool {
+        self.lock().keys().any(|other| other != id)
+    }
+
     fn all(&self) -> Vec<Arc<Container>> {
         let made = |slot: &Slot| match slot {
             Slot::Made(container) => Some(Arc::clone(container)),
@@ -208,6 +237,7 @@ pub fn watch(pod: &Arc<Pod>, container: &Arc<Container>, process: &Arc<Process>)
             Ok(response) => {
                 let at = response.exited_at.into_option().unwrap_or_else(Exit::now);
                 process.settled().await;
+                process.hand_over().await;
                 stopped(&pod, &container, &process, Exit { status: response.exit_status, at });
             }
             // Deleted without having run.
@@ -339,7 +369,7 @@ mod tests {
         drop(reservation);
         assert!(containers.is_empty());
         let init = Process::new(String::new(), Names::default(), Pumps::default());
-        let container = Container::new("a".into(), "/b".into(), init, Vec::new(), false);
+        let container = Container::new("a".into(), "/b".into(), init, Hold::default(), false);
         assert!(!containers.reserve("a").unwrap().fill(container).1);
         assert_eq!(containers.get("a").unwrap().bundle, "/b");
     }

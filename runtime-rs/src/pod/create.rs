@@ -15,16 +15,17 @@ use protocols::containerd::ttrpc;
 use protocols::{BUNDLES_DIR, CONTAINER_OPTIONS_TYPE_URL, SHARED_DIR};
 
 use super::Pod;
-use super::containers::{self, Container};
+use super::containers::{self, Container, Hold};
 use super::operations;
 use super::process::Process;
-use super::sandbox::Sandbox;
+use super::sandbox::{Blueprint, Sandbox};
 use super::stdio::{Names, Pumps};
 use crate::error::Error;
 use crate::host::blocking;
 use crate::host::cgroup::PodCgroup;
 use crate::host::share::{self, Share};
 use crate::paths;
+use crate::sizing::{Demand, Host, Range};
 use crate::spec::{Bind, GuestSpec, Role, Spec};
 
 /// Makes container `request.id`, and the sandbox if it is the first one.
@@ -76,6 +77,7 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest) -> Result<u32, E
 struct Prepared {
     guest: GuestSpec,
     effects: Vec<EffectId>,
+    limits: Demand,
     sandbox: Arc<Sandbox>,
 }
 
@@ -84,21 +86,25 @@ struct Prepared {
 async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<Prepared>, Error> {
     let bundle = PathBuf::from(&request.bundle);
     let spec = blocking::run("bundle", move || Spec::read(&bundle)).await??;
-    let role = spec.role(&request.id);
+    let (role, limits) = (spec.role(&request.id), spec.limits());
     if let Role::Member(_) = role {
         let sandbox = Arc::clone(pod.sandbox()?);
         let (guest, effects) = store(pod, request, spec).await?;
-        return Ok(Some(Prepared { guest, effects, sandbox }));
+        return Ok(Some(Prepared { guest, effects, limits, sandbox }));
     }
-    let hostname = hostname(&spec);
     let named = containers::config_path(request.options.as_ref())?;
-    let config = found(pod, spec.cgroups_path().to_owned(), named).await?;
+    let announced = match role {
+        // Its members come later; the orchestrator may tell what they will need.
+        Role::Sandbox(_) => Demand::of_sandbox(&spec.annotations()),
+        _ => Some(limits),
+    };
+    let blueprint = found(pod, &spec, announced, named).await?;
     if let Role::Sandbox(_) = role {
-        boot(pod, &config, &hostname).await?;
+        boot(pod, &blueprint).await?;
         return Ok(None);
     }
-    match tokio::join!(store(pod, request, spec), boot(pod, &config, &hostname)) {
-        (Ok((guest, effects)), Ok(sandbox)) => Ok(Some(Prepared { guest, effects, sandbox })),
+    match tokio::join!(store(pod, request, spec), boot(pod, &blueprint)) {
+        (Ok((guest, effects)), Ok(sandbox)) => Ok(Some(Prepared { guest, effects, limits, sandbox })),
         (Ok((_, effects)), Err(error)) => {
             containers::undo(pod, effects).await;
             Err(error)
@@ -116,10 +122,18 @@ fn hostname(spec: &Spec) -> String {
 }
 
 /// What a sandbox needs on the host before its machine starts.
-async fn found(pod: &Arc<Pod>, cgroups_path: String, config: Option<PathBuf>) -> Result<Config, Error> {
+async fn found(
+    pod: &Arc<Pod>,
+    spec: &Spec,
+    announced: Option<Demand>,
+    config: Option<PathBuf>,
+) -> Result<Blueprint, Error> {
     let pod = Arc::clone(pod);
+    let (cgroups_path, annotations, hostname) = (spec.cgroups_path().to_owned(), spec.annotations(), hostname(spec));
     blocking::run("found", move || {
-        let (config, _) = Config::load(config.as_deref())?;
+        let (mut config, _) = Config::load(config.as_deref())?;
+        config.annotate(&annotations).map_err(config::ConfigError::from)?;
+        let size = Range::plan(&config, announced, Host::this())?;
         pod.facts().timeline_dir.clone_from(&config.runtime.timeline_dir);
         pod.stamp("configuration read");
         // Before the machine: its memory is to be charged to the pod.
@@ -129,13 +143,13 @@ async fn found(pod: &Arc<Pod>, cgroups_path: String, config: Option<PathBuf>) ->
         if config.hypervisor.enable_debug {
             pod.journal.record(Effect::File { path: pod.paths.console() })?;
         }
-        Ok(config)
+        Ok(Blueprint { config, size, hostname })
     })
     .await?
 }
 
-async fn boot(pod: &Arc<Pod>, config: &Config, hostname: &str) -> Result<Arc<Sandbox>, Error> {
-    let boot = async || Ok::<_, Error>(Arc::new(Sandbox::boot(pod, config, hostname).await?));
+async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Arc<Sandbox>, Error> {
+    let boot = async || Ok::<_, Error>(Arc::new(Sandbox::boot(pod, blueprint).await?));
     let sandbox = Arc::clone(pod.gate.unless_closed(pod.sandbox.get_or_try_init(boot)).await?);
     containers::watch_sandbox(pod, &sandbox);
     Ok(sandbox)
@@ -170,31 +184,48 @@ fn mount_all(share: &mut Share<'_>, rootfs: &[Mount], root: &Path, binds: &[Bind
 /// The container that stands for a pod.
 fn pause(request: &CreateTaskRequest) -> Container {
     let init = Process::new(String::new(), names(request), Pumps::default());
-    Container::new(request.id.clone(), request.bundle.clone(), init, Vec::new(), true)
+    Container::new(request.id.clone(), request.bundle.clone(), init, Hold::default(), true)
 }
 
-/// Makes the container in the guest.
+/// Makes the machine large enough for the container, and the container in the guest.
 async fn make(pod: &Arc<Pod>, request: &CreateTaskRequest, prepared: Prepared) -> Result<Container, Error> {
-    let Prepared { guest, effects, sandbox } = prepared;
+    let Prepared { guest, effects, limits, sandbox } = prepared;
     let names = names(request);
     let made = async {
-        let (streams, pumps) = Pumps::start(&names, &pod.streams, &pod.first_byte).await?;
-        let request = guest_request(&request.id, guest, &streams)?;
-        let context = ttrpc::context::with_duration(sandbox.create_timeout);
-        let created = async { sandbox.task.create(context, &request).await.map_err(|error| sandbox.explain(error)) };
-        pod.gate.unless_closed(created).await?;
-        Ok(pumps)
+        let resized = sandbox.resizer.hold(&request.id, limits);
+        pod.gate.unless_closed(resized).await?;
+        let made = make_in_guest(pod, request, guest, &names, &sandbox).await;
+        if made.is_err() {
+            sandbox.resizer.release(&request.id, None).await;
+        }
+        made
     };
     match made.await {
         Ok(pumps) => {
             let init = Process::new(String::new(), names, pumps);
-            Ok(Container::new(request.id.clone(), request.bundle.clone(), init, effects, false))
+            let hold = Hold { effects, limits };
+            Ok(Container::new(request.id.clone(), request.bundle.clone(), init, hold, false))
         }
         Err(error) => {
             containers::undo(pod, effects).await;
             Err(error)
         }
     }
+}
+
+async fn make_in_guest(
+    pod: &Arc<Pod>,
+    request: &CreateTaskRequest,
+    guest: GuestSpec,
+    names: &Names,
+    sandbox: &Sandbox,
+) -> Result<Pumps, Error> {
+    let (streams, pumps) = Pumps::start(names, &pod.streams, &pod.first_byte).await?;
+    let request = guest_request(&request.id, guest, &streams)?;
+    let context = ttrpc::context::with_duration(sandbox.create_timeout);
+    let created = async { sandbox.task.create(context, &request).await.map_err(|error| sandbox.explain(error)) };
+    pod.gate.unless_closed(created).await?;
+    Ok(pumps)
 }
 
 fn names(request: &CreateTaskRequest) -> Names {

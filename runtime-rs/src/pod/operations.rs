@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
+use protocols::MAX_SPEC;
 use protocols::containerd::api::{
     DeleteRequest, ExecProcessRequest, KillRequest, PauseRequest, ResizePtyRequest, ResumeRequest, StartRequest,
     StatsRequest, StatsResponse, UpdateTaskRequest,
@@ -17,6 +18,7 @@ use protocols::containerd::topics::{
     TASK_RESUMED_EVENT_TOPIC, TASK_START_EVENT_TOPIC,
 };
 use protocols::containerd::ttrpc;
+use serde_json::{Map, Value};
 use ttrpc::context::Context;
 
 use super::Pod;
@@ -25,7 +27,8 @@ use super::process::{Exit, Phase, Process};
 use super::service::CALL_DEADLINE;
 use super::stdio::{Names, Pumps};
 use crate::error::Error;
-use crate::paths;
+use crate::sizing::Demand;
+use crate::{paths, spec};
 
 /// SIGKILL, as the Task API numbers signals.
 const SIGKILL: u32 = 9;
@@ -162,8 +165,7 @@ pub async fn delete(pod: &Arc<Pod>, request: &DeleteRequest) -> Result<Exit, Err
         container.remove_exec(&request.exec_id);
         return Ok(exit);
     }
-    containers::undo(pod, container.take_effects()).await;
-    pod.containers.remove(&container.id);
+    free(pod, &container).await;
     pod.stamp("deleted");
     let event = TaskDelete {
         container_id: container.id.clone(),
@@ -186,7 +188,18 @@ pub async fn discard(pod: &Arc<Pod>, container: &Container) {
             tracing::warn!(%error, "an abandoned container stays in the guest");
         }
     }
+    free(pod, container).await;
+}
+
+/// Gives back what a container held that the guest no longer has.
+async fn free(pod: &Arc<Pod>, container: &Container) {
     containers::undo(pod, container.take_effects()).await;
+    // The last one takes the machine with it.
+    if let Ok(sandbox) = pod.sandbox()
+        && pod.containers.has_others(&container.id)
+    {
+        sandbox.resizer.release(&container.id, None).await;
+    }
     pod.containers.remove(&container.id);
 }
 
@@ -261,16 +274,39 @@ pub async fn resume(pod: &Arc<Pod>, request: &ResumeRequest) -> Result<(), Error
     Ok(())
 }
 
-/// Changes a container's limits in the guest.
+/// Changes a container's limits in the guest, and the size of the machine with them: before, where it grows, and after,
+/// where it shrinks.
 ///
 /// # Errors
 ///
-/// The agent's answer.
-pub async fn update(pod: &Arc<Pod>, request: &UpdateTaskRequest) -> Result<(), Error> {
-    member(pod, &request.id, "update")?;
+/// [`Error::Size`] and [`Error::Grow`], or the agent's answer; limits and size are as before then.
+pub async fn update(pod: &Arc<Pod>, request: UpdateTaskRequest) -> Result<(), Error> {
+    let container = member(pod, &request.id, "update")?;
     let sandbox = pod.sandbox()?;
-    sandbox.task.update(deadline(), request).await.map_err(|error| sandbox.explain(error))?;
-    Ok(())
+    let (request, resources) = guest_update(request)?;
+    let before = container.limits();
+    let after = Demand::of(&resources, before);
+    sandbox.resizer.hold(&container.id, before.widest(after)).await?;
+    let updated = sandbox.task.update(deadline(), &request).await.map_err(|error| sandbox.explain(error));
+    let limits = if updated.is_ok() { after } else { before };
+    container.set_limits(limits);
+    sandbox.resizer.release(&container.id, Some(limits)).await;
+    updated.map(drop)
+}
+
+/// The request with what means something in the guest, and the resources in it.
+fn guest_update(mut request: UpdateTaskRequest) -> Result<(UpdateTaskRequest, Value), Error> {
+    let text = "an update needs the resources of the OCI runtime specification as JSON";
+    let any = request.resources.as_mut().ok_or_else(|| Error::Invalid(text.to_owned()))?;
+    if any.value.len() > MAX_SPEC {
+        return Err(Error::Invalid(format!("resources of {} bytes: the limit is {MAX_SPEC}", any.value.len())));
+    }
+    let mut resources: Map<String, Value> =
+        serde_json::from_slice(&any.value).map_err(|error| Error::Invalid(format!("{text}: {error}")))?;
+    spec::keep_guest_resources(&mut resources);
+    let resources = Value::Object(resources);
+    any.value = resources.to_string().into_bytes();
+    Ok((request, resources))
 }
 
 /// What a container has used, from its cgroup in the guest.

@@ -19,9 +19,11 @@ use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 
 use super::Pod;
+use super::resize::Resizer;
 use crate::error::Error;
 use crate::host::blocking;
 use crate::machine::{ExitReason, Machine, Plan};
+use crate::sizing::Range;
 
 /// The agent mounts one file system and sets a few files and sysctls.
 const SETUP_DEADLINE: Duration = Duration::from_secs(30);
@@ -38,8 +40,21 @@ pub struct Sandbox {
     pub task: TaskClient,
     /// The guest itself.
     pub agent: AgentServiceClient,
+    /// Keeps the machine as large as its containers need.
+    pub resizer: Resizer,
     /// How long the agent may take for one container.
     pub create_timeout: Duration,
+}
+
+/// What the configuration, the annotations and the limits of a sandbox decide.
+#[derive(Debug, Clone)]
+pub struct Blueprint {
+    /// The configuration with the annotations applied.
+    pub config: Config,
+    /// The machine's size.
+    pub size: Range,
+    /// The guest's host name.
+    pub hostname: String,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -60,14 +75,17 @@ impl Sandbox {
     /// # Errors
     ///
     /// [`Error::Launch`], [`Error::GuestEnded`], [`Error::GuestHangs`], or the agent's answer. The machine has ended then.
-    pub async fn boot(pod: &Arc<Pod>, config: &Config, hostname: &str) -> Result<Self, Error> {
+    pub async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Self, Error> {
+        let Blueprint { config, size, hostname } = blueprint;
         let listeners = listen(pod)?;
         let console = config.hypervisor.enable_debug.then(|| pod.paths.console());
-        let plan = Plan::new(config, &pod.paths.vsock(), &pod.paths.shared(), console);
+        let plan = Plan::new(config, *size, &pod.paths.vsock(), &pod.paths.shared(), console);
         let launcher = Arc::clone(&pod.launcher);
         let machine = blocking::run("launch", move || launcher.launch(&plan)).await??;
         let exit = watch(machine.exit_event()).map_err(Error::host("watch", "the virtual machine"))?;
         pod.stamp("machine started");
+        // While the guest boots nobody waits for this process.
+        dragonball::footprint::give_back_code();
 
         let deadline = config.agent.reconnect_timeout;
         let agent = tokio::select! {
@@ -81,12 +99,15 @@ impl Sandbox {
         pod.stamp("agent dialled");
         tokio::spawn(Arc::clone(&pod.streams).serve(listeners.streams));
         let client = Client::new(Socket::from(agent));
+        let agent = AgentServiceClient::new(client.clone());
+        let create_timeout = config.agent.create_container_timeout;
         let sandbox = Self {
+            resizer: Resizer::start(machine.hardware(), agent.clone(), *size, create_timeout),
             machine,
             exit,
-            task: TaskClient::new(client.clone()),
-            agent: AgentServiceClient::new(client),
-            create_timeout: config.agent.create_container_timeout,
+            task: TaskClient::new(client),
+            agent,
+            create_timeout,
         };
         let setup = sandbox.setup(pod, hostname);
         tokio::select! {

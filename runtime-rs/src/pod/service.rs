@@ -161,7 +161,8 @@ impl Task for TaskService {
     }
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
-        operations::update(&self.pod, &request).await?;
+        let pod = Arc::clone(&self.pod);
+        self.whole(async move { operations::update(&pod, request).await }).await?;
         Ok(Empty::new())
     }
 

@@ -3,24 +3,29 @@
 //! What the kernel command line says after `fake=` decides how it fails; without it, it works.
 
 use std::collections::HashMap;
+use std::io::Write;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::sync::{Arc, Mutex, OnceLock};
+use std::time::Duration;
 
 use async_trait::async_trait;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use protobuf::well_known_types::empty::Empty;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
-use protocols::agent::{ContainerOptions, Event, GuestStamp, NextEventRequest, SetupRequest, SetupResponse};
+use protocols::agent::{
+    ContainerOptions, Event, GuestStamp, NextEventRequest, OnlineCpuMemRequest, OnlineCpuMemResponse, SetupRequest,
+    SetupResponse,
+};
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::containerd::api::*;
 use protocols::containerd::shim_async::{Task, create_task};
 use protocols::containerd::ttrpc;
 use protocols::{AGENT_PORT, SHARED_DIR, STREAM_PORT};
-use runtime_rs::machine::{ExitReason, LaunchError, Launcher, Machine, Plan};
+use runtime_rs::machine::{ChangeError, ExitReason, Hardware, LaunchError, Launcher, Machine, Plan};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -31,6 +36,7 @@ pub(crate) struct FakeLauncher;
 
 impl Launcher for FakeLauncher {
     fn launch(&self, plan: &Plan) -> Result<Box<dyn Machine>, LaunchError> {
+        tell(&format!("made with {:?}", (plan.size.boot, plan.size.max)));
         let plan = plan.clone();
         let shared = Arc::new(Shared {
             event: EventFd::from_flags(EfdFlags::EFD_NONBLOCK | EfdFlags::EFD_CLOEXEC).unwrap(),
@@ -38,11 +44,13 @@ impl Launcher for FakeLauncher {
             stop: watch::Sender::new(false),
         });
         let guest = Arc::clone(&shared);
+        let booted = plan.clone();
         std::thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(live(&plan, &guest));
+            runtime.block_on(live(&booted, &guest));
         });
-        Ok(Box::new(FakeMachine(shared)))
+        let limit = plan_word(&plan, "limit=").and_then(|limit| limit.parse().ok());
+        Ok(Box::new(FakeMachine(shared, limit)))
     }
 }
 
@@ -60,7 +68,12 @@ impl Shared {
     }
 }
 
-struct FakeMachine(Arc<Shared>);
+struct FakeMachine(Arc<Shared>, Option<u8>);
+
+/// What the kernel's command line says behind `name`.
+fn plan_word<'a>(plan: &'a Plan, name: &str) -> Option<&'a str> {
+    plan.cmdline.split_whitespace().find_map(|word| word.strip_prefix(name))
+}
 
 impl Machine for FakeMachine {
     fn exit_event(&self) -> BorrowedFd<'_> {
@@ -82,10 +95,41 @@ impl Machine for FakeMachine {
     fn stamps(&self) -> Vec<(&'static str, u64)> {
         vec![("kernel entered", timeline::now_ns())]
     }
+
+    fn hardware(&self) -> Arc<dyn Hardware> {
+        Arc::new(FakeHardware { limit: self.1 })
+    }
+}
+
+/// Hardware that tells the test of each change, and stops growing at a number of vCPUs if it has one.
+struct FakeHardware {
+    limit: Option<u8>,
+}
+
+impl Hardware for FakeHardware {
+    fn resize_vcpus(&self, count: u8, _: Duration) -> Result<u8, ChangeError> {
+        let count = self.limit.map_or(count, |limit| count.min(limit));
+        tell(&format!("{count} vCPUs"));
+        Ok(count)
+    }
+
+    fn resize_memory(&self, bytes: u64, _: Duration) -> Result<u64, ChangeError> {
+        tell(&format!("{} MiB", bytes >> 20));
+        Ok(bytes)
+    }
+}
+
+/// Writes a line to the FIFO of the test that looks at the hardware, if one does.
+fn tell(line: &str) {
+    let root = std::env::var_os(crate::node::ROOT_VARIABLE).unwrap();
+    let fifo = Path::new(&root).with_file_name(crate::node::HARDWARE);
+    if let Ok(mut fifo) = std::fs::OpenOptions::new().write(true).open(fifo) {
+        fifo.write_all(format!("{line}\n").as_bytes()).unwrap();
+    }
 }
 
 async fn live(plan: &Plan, shared: &Arc<Shared>) {
-    let fate = plan.cmdline.split_whitespace().find_map(|word| word.strip_prefix("fake="));
+    let fate = plan_word(plan, "fake=");
     match fate {
         Some("poweroff") => return shared.end(ExitReason::PowerOff),
         Some("panic") => return shared.end(ExitReason::Panic),
@@ -247,6 +291,15 @@ impl Task for Agent {
         Ok(Empty::new())
     }
 
+    async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
+        let resources = String::from_utf8(request.resources.unwrap().value).unwrap();
+        if resources.contains("-7") {
+            return Err(ttrpc::error::get_rpc_status(ttrpc::Code::UNKNOWN, "no such limit"));
+        }
+        tell(&format!("limits {resources}"));
+        Ok(Empty::new())
+    }
+
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         self.find(&request.id, &request.exec_id)?;
         self.processes.lock().unwrap().remove(&(request.id, request.exec_id));
@@ -266,6 +319,16 @@ impl AgentService for Agent {
             answered_ns: boottime_ns,
             ..Default::default()
         })
+    }
+
+    async fn online_cpu_mem(
+        &self,
+        _: &TtrpcContext,
+        request: OnlineCpuMemRequest,
+    ) -> ttrpc::Result<OnlineCpuMemResponse> {
+        tell(&format!("online: {} vCPUs, {} MiB", request.cpus, request.memory >> 20));
+        let (cpus, memory) = (request.cpus, request.memory);
+        Ok(OnlineCpuMemResponse { cpus, memory, ..Default::default() })
     }
 
     async fn next_event(&self, _: &TtrpcContext, _: NextEventRequest) -> ttrpc::Result<Event> {

@@ -7,6 +7,7 @@
 
 mod guest;
 mod node;
+mod sizes;
 mod tests;
 
 use std::path::Path;
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
     nix::sys::prctl::set_child_subreaper(true).unwrap();
     // Each test waits for all the processes that it orphaned.
     arguments.test_threads = Some(1);
-    libtest_mimic::run(&arguments, tests::all()).exit_code()
+    libtest_mimic::run(&arguments, [tests::all(), sizes::all()].into_iter().flatten().collect()).exit_code()
 }
 
 /// One test with an event loop of its own.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::Read;
+use std::io::{BufRead, BufReader, Read};
 use std::os::fd::AsFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
@@ -27,6 +27,9 @@ use ttrpc::context::Context;
 
 /// Environment variable that gives the shim its state directory instead of `/run/kata`.
 pub(crate) const ROOT_VARIABLE: &str = "SHIM_TEST_ROOT";
+
+/// Name of the FIFO, in a node's directory, that tells what was done to the machines.
+pub(crate) const HARDWARE: &str = "hardware";
 
 pub(crate) struct Node {
     directory: tempfile::TempDir,
@@ -168,6 +171,22 @@ impl Node {
         path.display().to_string()
     }
 
+    /// What is done to the machines from now on, line by line.
+    pub(crate) fn hardware(&self) -> Hardware {
+        let fifo = self.fifo(HARDWARE);
+        // Its own writer: no end of file between the others.
+        let file = fs::OpenOptions::new().read(true).write(true).open(fifo).unwrap();
+        let (sender, lines) = tokio::sync::mpsc::unbounded_channel();
+        std::thread::spawn(move || {
+            for line in BufReader::new(file).lines() {
+                if sender.send(line.unwrap()).is_err() {
+                    break;
+                }
+            }
+        });
+        Hardware(lines)
+    }
+
     /// Waits for these events, in this order, and nothing else.
     pub(crate) async fn expect_events(&self, topics: &[&str]) {
         let mut log = self.events.0.subscribe();
@@ -203,7 +222,32 @@ impl Node {
     }
 }
 
+/// Lines about the machines of a node.
+pub(crate) struct Hardware(tokio::sync::mpsc::UnboundedReceiver<String>);
+
+impl Hardware {
+    /// Waits for these lines, in this order, and nothing in between.
+    pub(crate) async fn expect(&mut self, lines: &[&str]) {
+        for expected in lines {
+            let line = tokio::time::timeout(std::time::Duration::from_secs(20), self.0.recv()).await;
+            assert_eq!(line.ok().flatten().as_deref(), Some(*expected));
+        }
+    }
+}
+
 impl TaskHandle {
+    /// Changes the limits.
+    pub(crate) async fn update(&self, resources: Value) -> ttrpc::Result<()> {
+        let resources = Any {
+            type_url: "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources".into(),
+            value: resources.to_string().into_bytes(),
+            ..Default::default()
+        };
+        let resources = MessageField::some(resources);
+        let request = UpdateTaskRequest { id: self.id.clone(), resources, ..Default::default() };
+        self.client.update(Context::default(), &request).await.map(drop)
+    }
+
     pub(crate) async fn create(&self, io: &Io) -> ttrpc::Result<u32> {
         let request = CreateTaskRequest {
             id: self.id.clone(),
