@@ -16,6 +16,7 @@ mod launch;
 mod logging;
 mod mounts;
 mod network;
+mod passthrough;
 mod process;
 mod reaper;
 mod service;
