@@ -1,5 +1,6 @@
 //! Typed requests to the `vmm` thread.
 
+use std::io;
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, Sender};
 
@@ -7,6 +8,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::manage::Change;
 use crate::platform::hotplug::Told;
+use crate::vcpu::mtrr::VcpuMemoryTypes;
 use crate::virtio::device::Activation;
 use crate::vm::ExitReason;
 
@@ -45,10 +47,12 @@ pub(crate) enum Request {
 }
 
 /// What a vCPU did.
-#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+#[derive(Debug)]
 pub(crate) enum VcpuEvent {
     /// It stands still.
     Paused,
+    /// It was asked for its memory types.
+    MemoryTypes(io::Result<Box<VcpuMemoryTypes>>),
     /// Its thread is about to end.
     Stopped,
 }

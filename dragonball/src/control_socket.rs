@@ -19,7 +19,8 @@ use nix::sys::stat::{Mode, fchmod};
 use crate::causes;
 use crate::config::DeviceConfig;
 use crate::manage::{
-    BalloonSize, ChangeError, DEFAULT_DEADLINE, DeviceInfo, MachineInfo, Manager, MemorySize, VcpuCount,
+    BalloonSize, ChangeError, DEFAULT_DEADLINE, DeviceInfo, MachineInfo, Manager, MemorySize, MemoryTypesInfo,
+    VcpuCount,
 };
 use crate::threads;
 
@@ -85,6 +86,8 @@ pub enum ControlRequest {
     Resume {},
     /// Say what the machine consists of.
     Info {},
+    /// Say which memory types the vCPUs give to the machine's ranges.
+    MemoryTypes {},
 }
 
 fn default_deadline_ms() -> u32 {
@@ -111,6 +114,8 @@ pub enum ControlAnswer {
     Balloon(BalloonSize),
     /// What the machine consists of.
     Machine(MachineInfo),
+    /// Which memory types there are.
+    MemoryTypes(MemoryTypesInfo),
 }
 
 /// One line of the answering side.
@@ -235,6 +240,7 @@ fn carry_out(request: ControlRequest, manager: &Manager) -> Result<ControlAnswer
         ControlRequest::Pause {} => done(manager.pause()),
         ControlRequest::Resume {} => done(manager.resume()),
         ControlRequest::Info {} => manager.info().map(ControlAnswer::Machine),
+        ControlRequest::MemoryTypes {} => manager.memory_types().map(ControlAnswer::MemoryTypes),
     }
 }
 

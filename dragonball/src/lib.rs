@@ -5,6 +5,7 @@
 
 pub mod config;
 pub mod control_socket;
+pub mod footprint;
 pub mod manage;
 pub mod virtio;
 
@@ -33,6 +34,7 @@ pub use config::{
 pub use host::memory_limit;
 pub use kvm::KvmError;
 pub use machine::{StartError, start};
+pub use vcpu::mtrr::VcpuMemoryTypes;
 #[cfg(any(test, feature = "testing"))]
 pub use vfio::scene as host_device_scene;
 pub use vm::{ExitReason, Vm};

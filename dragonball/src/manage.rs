@@ -5,12 +5,19 @@
 //! was. A device is removed when the guest has let it go; a guest that does not is told no longer to, and the device
 //! stays usable.
 
+mod memory_types;
+
+use std::collections::BTreeMap;
 use std::sync::{Arc, Weak, mpsc};
 use std::time::{Duration, Instant};
 
+pub use self::memory_types::{MemoryTypesInfo, TypedRange};
+
 use crate::config::{ConfigError, DeviceConfig};
 use crate::control::{Control, Request};
+use crate::host;
 use crate::machine::PreparedDevice;
+use crate::vcpu::mtrr::VcpuMemoryTypes;
 use crate::vfio::Passthrough;
 use crate::vm::{ExitReason, Shared};
 
@@ -268,6 +275,8 @@ pub(crate) enum Change {
     },
     /// Say what there is.
     Info(Reply<MachineInfo>),
+    /// Say which memory types each vCPU has.
+    MemoryTypes(Reply<BTreeMap<u8, VcpuMemoryTypes>>),
 }
 
 /// Changes a running machine; cheap to clone. Its calls wait until the change is done or has failed.
@@ -402,5 +411,14 @@ impl Manager {
     /// [`ChangeError::Ended`].
     pub fn info(&self) -> Result<MachineInfo, ChangeError> {
         self.wait(Change::Info)
+    }
+
+    /// Which memory types the vCPUs give to the machine's ranges by their MTRRs. Each vCPU leaves the guest for that.
+    ///
+    /// # Errors
+    /// [`ChangeError::Busy`], [`ChangeError::Host`] and [`ChangeError::Ended`].
+    pub fn memory_types(&self) -> Result<MemoryTypesInfo, ChangeError> {
+        let vcpus = self.wait(Change::MemoryTypes)?;
+        Ok(MemoryTypesInfo::of(vcpus, &self.info()?, host::address_bits()))
     }
 }

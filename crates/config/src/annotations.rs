@@ -154,6 +154,6 @@ fn unknown(name: String) -> AnnotationError {
 
 impl From<AnnotationError> for ConfigError {
     fn from(error: AnnotationError) -> Self {
-        Self::Annotation(error)
+        Self::Annotation(Box::new(error))
     }
 }

@@ -155,7 +155,7 @@ pub enum ConfigError {
     },
     /// A pod's annotation.
     #[error(transparent)]
-    Annotation(AnnotationError),
+    Annotation(Box<AnnotationError>),
     /// A value of the wrong type or out of range.
     #[error("configuration {path}, line {line}: {key} = {value}: {problem}; {remedy}")]
     BadValue {

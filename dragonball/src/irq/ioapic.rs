@@ -167,13 +167,19 @@ impl IoApic {
     }
 
     /// The state to be saved.
-    #[cfg_attr(not(test), expect(dead_code, reason = "saved with the whole machine, which comes with templates"))]
+    #[cfg_attr(
+        not(any(test, feature = "testing")),
+        expect(dead_code, reason = "saved with the whole machine, which comes with templates")
+    )]
     pub(crate) fn save(&self) -> IoApicState {
         *self.state()
     }
 
     /// Takes a saved state, before the vCPUs run.
-    #[cfg_attr(not(test), expect(dead_code, reason = "restored with the whole machine, which comes with templates"))]
+    #[cfg_attr(
+        not(any(test, feature = "testing")),
+        expect(dead_code, reason = "restored with the whole machine, which comes with templates")
+    )]
     pub(crate) fn restore(&self, saved: &IoApicState) {
         let mut state = self.state();
         *state = *saved;

@@ -4,17 +4,22 @@
 //! it, and nothing waits in between.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use memory_types::Mtrrs;
+
 use super::devices::{Devices, PreparedDevice, range_info};
 use super::event_loop::Loop;
+use super::memory_types::Inquiry;
 use super::vcpus::Vcpus;
 use crate::config::MachineConfig;
 use crate::control::{DeviceNumber, VcpuEvent};
 use crate::manage::{Change, ChangeError, DeviceInfo, MachineInfo, Presence, Reply, VcpuCount};
 use crate::memory::layout::{self, MemoryKind, Range};
 use crate::platform::hotplug::{CpuEvent, HotPlugRegisters, Told};
+use crate::vcpu::mtrr::VcpuMemoryTypes;
 use crate::vm::Shared;
 
 /// The part of a machine that changes while it runs.
@@ -32,6 +37,7 @@ pub(crate) struct HotPlug {
     /// How many vCPUs were last asked for.
     vcpus_asked: u8,
     pause: Option<Pause>,
+    inquiry: Option<Inquiry>,
 }
 
 /// A device on its way.
@@ -49,6 +55,8 @@ enum Direction {
 /// vCPUs on their way.
 struct Resize {
     end: Instant,
+    /// Those that start when the first vCPU has told the memory types that they shall have.
+    starting: Vec<u8>,
     /// Those of which the guest has not told that they came, or that have not gone.
     awaited: BTreeMap<u8, CpuEvent>,
     reply: Reply<VcpuCount>,
@@ -80,6 +88,7 @@ impl HotPlug {
             resize: None,
             vcpus_asked,
             pause: None,
+            inquiry: None,
         }
     }
 
@@ -94,6 +103,7 @@ impl HotPlug {
             Change::PowerButton(reply) => reply.send(self.pluggable().map(|registers| registers.press_power_button())),
             Change::Pause { paused, reply } => self.pause(paused, reply),
             Change::Info(reply) => reply.send(Ok(self.info())),
+            Change::MemoryTypes(reply) => self.ask_memory_types(reply),
         }
     }
 
@@ -251,20 +261,31 @@ impl HotPlug {
         let (running, free) = (self.vcpus.running(), self.vcpus.free());
         let (wanted, present) = (usize::from(count), running.len());
         let mut awaited = BTreeMap::new();
-        for id in free.into_iter().take(wanted.saturating_sub(present)) {
-            if let Err(error) = self.vcpus.start(id) {
-                tracing::warn!(%error, id, "a vCPU cannot be started");
-                break;
-            }
-            registers.add_cpu(id);
-            awaited.insert(id, CpuEvent::Came);
+        let starting: Vec<u8> = free.into_iter().take(wanted.saturating_sub(present)).collect();
+        if !starting.is_empty() {
+            // The first vCPU is never taken away.
+            self.vcpus.ask_memory_types(0);
         }
         // The first vCPU is never among them: `count` is at least 1.
         for id in running.into_iter().rev().take(present.saturating_sub(wanted)) {
             registers.ask_back_cpu(id);
             awaited.insert(id, CpuEvent::Go);
         }
-        self.resize = Some(Resize { end: Instant::now() + given, awaited, reply });
+        self.resize = Some(Resize { end: Instant::now() + given, starting, awaited, reply });
+        self.settle_resize();
+    }
+
+    /// Starts those that waited for the first vCPU's memory types.
+    fn start_vcpus(&mut self, mtrrs: &Mtrrs) {
+        let (Some(resize), Some(registers)) = (&mut self.resize, &self.registers) else { return };
+        for id in std::mem::take(&mut resize.starting) {
+            if let Err(error) = self.vcpus.start(id, mtrrs) {
+                tracing::warn!(%error, id, "a vCPU cannot be started");
+                break;
+            }
+            registers.add_cpu(id);
+            resize.awaited.insert(id, CpuEvent::Came);
+        }
         self.settle_resize();
     }
 
@@ -300,16 +321,40 @@ impl HotPlug {
     /// A vCPU did as it was told.
     pub(super) fn vcpu_event(&mut self, id: u8, event: VcpuEvent) {
         match event {
+            VcpuEvent::MemoryTypes(read) => return self.memory_types_read(id, read.map(|types| *types)),
             VcpuEvent::Paused => {}
             VcpuEvent::Stopped => {
                 self.vcpus.stopped(id);
                 self.no_longer_await(id);
+                self.inquiry = self.inquiry.take().and_then(|inquiry| inquiry.gone(id));
             }
         }
         if let Some(pause) = &mut self.pause {
             pause.awaited.remove(&id);
         }
         self.settle_pause();
+    }
+
+    fn ask_memory_types(&mut self, reply: Reply<BTreeMap<u8, VcpuMemoryTypes>>) {
+        if self.inquiry.is_some() {
+            return reply.send(Err(ChangeError::Busy("the question for memory types".to_owned())));
+        }
+        self.inquiry = Some(Inquiry::start(&self.vcpus, reply));
+    }
+
+    /// A vCPU has told its memory types, to whoever asked.
+    fn memory_types_read(&mut self, id: u8, read: io::Result<VcpuMemoryTypes>) {
+        if id == 0 {
+            let mtrrs = read.as_ref().map_or_else(
+                |error| {
+                    tracing::warn!(%error, "the first vCPU's memory types cannot be read: new ones start as it did");
+                    Mtrrs::BOOT
+                },
+                |types| types.mtrrs,
+            );
+            self.start_vcpus(&mtrrs);
+        }
+        self.inquiry = self.inquiry.take().and_then(|inquiry| inquiry.answered(id, read));
     }
 
     fn no_longer_await(&mut self, id: u8) {
@@ -320,7 +365,7 @@ impl HotPlug {
     }
 
     fn settle_resize(&mut self) {
-        if let Some(resize) = self.resize.take_if(|resize| resize.awaited.is_empty()) {
+        if let Some(resize) = self.resize.take_if(|resize| resize.starting.is_empty() && resize.awaited.is_empty()) {
             resize.reply.send(Ok(self.vcpu_count()));
         }
     }

@@ -5,6 +5,7 @@ mod devices;
 mod event_loop;
 mod hot_plug;
 mod input;
+mod memory_types;
 mod vcpus;
 mod worker;
 

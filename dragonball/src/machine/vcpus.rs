@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use kvm_bindings::{CpuId, KVM_MAX_CPUID_ENTRIES};
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
+use memory_types::Mtrrs;
 
 use super::StartError;
 use crate::boot::Entry;
@@ -45,7 +46,7 @@ impl Vcpus {
         let mut vcpus = Self { vm: Arc::clone(vm), supported, context, places: Vec::new() };
         vcpus.places.resize_with(usize::from(max), || Place::Absent(None));
         for id in 0..count {
-            let fd = vcpus.create(id).map_err(refused("create a vCPU"))?;
+            let fd = vcpus.create(id, &Mtrrs::BOOT).map_err(refused("create a vCPU"))?;
             if id == 0 {
                 registers::enter(&fd, entry).map_err(refused("set the first vCPU's registers"))?;
             }
@@ -54,12 +55,12 @@ impl Vcpus {
         Ok(vcpus)
     }
 
-    /// A vCPU as it is after power-on. CPUID comes first: KVM judges registers by it.
-    fn create(&self, id: u8) -> io::Result<VcpuFd> {
+    /// A vCPU as it is after power-on, but for its memory types. CPUID comes first: KVM judges registers by it.
+    fn create(&self, id: u8, mtrrs: &Mtrrs) -> io::Result<VcpuFd> {
         let max = u8::try_from(self.places.len()).map_err(io::Error::other)?;
         let fd = self.vm.create_vcpu(u64::from(id))?;
         fd.set_cpuid2(&cpuid::for_vcpu(&self.supported, id, max)?)?;
-        registers::set_msrs(&fd)?;
+        registers::set_msrs(&fd, mtrrs)?;
         Ok(fd)
     }
 
@@ -94,17 +95,17 @@ impl Vcpus {
         self.ids(|place| matches!(place, Place::Absent(_)))
     }
 
-    /// Starts the vCPU at a free id: it waits for the guest to start it.
+    /// Starts the vCPU at a free id, with these memory types: it waits for the guest to start it.
     ///
     /// # Errors
     /// When KVM or the host refuses.
-    pub(super) fn start(&mut self, id: u8) -> io::Result<()> {
+    pub(super) fn start(&mut self, id: u8, mtrrs: &Mtrrs) -> io::Result<()> {
         let Some(place) = self.places.get_mut(usize::from(id)) else { return Ok(()) };
         match place {
-            Place::Absent(Some(fd)) => registers::await_start(fd)?,
+            Place::Absent(Some(fd)) => registers::await_start(fd, mtrrs)?,
             Place::Absent(kept) => {
                 *kept = None;
-                let fd = self.create(id)?;
+                let fd = self.create(id, mtrrs)?;
                 // KVM delivers the guest's start signal by a table of APICs, which it brought up to date before the new
                 // vCPU was in it: setting an APIC makes it do so again.
                 fd.set_lapic(&fd.get_lapic()?)?;
@@ -123,6 +124,16 @@ impl Vcpus {
             *place = Place::Running(Vcpu::start(id, fd, self.context.clone())?);
         }
         Ok(())
+    }
+
+    /// Asks a vCPU for its memory types; it answers with an event. False when none runs there.
+    pub(super) fn ask_memory_types(&self, id: u8) -> bool {
+        let place = self.places.get(usize::from(id));
+        if let Some(Place::Running(vcpu)) = place {
+            vcpu.ask_memory_types();
+            return true;
+        }
+        false
     }
 
     /// Tells a vCPU to stop; it answers with an event.

@@ -238,13 +238,19 @@ impl HotPlugRegisters {
     }
 
     /// The state to be saved.
-    #[cfg_attr(not(test), expect(dead_code, reason = "saved with the whole machine, which comes with templates"))]
+    #[cfg_attr(
+        not(any(test, feature = "testing")),
+        expect(dead_code, reason = "saved with the whole machine, which comes with templates")
+    )]
     pub(crate) fn save(&self) -> HotPlugState {
         self.state().clone()
     }
 
     /// Takes a saved state, before the vCPUs run.
-    #[cfg_attr(not(test), expect(dead_code, reason = "restored with the whole machine, which comes with templates"))]
+    #[cfg_attr(
+        not(any(test, feature = "testing")),
+        expect(dead_code, reason = "restored with the whole machine, which comes with templates")
+    )]
     pub(crate) fn restore(&self, saved: &HotPlugState) {
         let mut state = self.state();
         *state = saved.clone();

@@ -3,7 +3,7 @@
 use std::io;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::thread::JoinHandle;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -15,7 +15,7 @@ use crate::vm::ExitReason;
 
 pub(crate) mod cpuid;
 mod kick;
-mod memory_types;
+pub(crate) mod mtrr;
 pub(crate) mod registers;
 
 pub(crate) use kick::install_handler;
@@ -33,7 +33,11 @@ enum Order {
 
 /// The last order, with its number: the same order given twice is two orders.
 #[derive(Debug, Default)]
-struct Orders(AtomicU32);
+struct Orders {
+    last: AtomicU32,
+    /// The vCPU shall say which memory types it has, whatever else it does.
+    asked: AtomicBool,
+}
 
 impl Orders {
     const KIND: u32 = 3;
@@ -41,12 +45,12 @@ impl Orders {
     fn give(&self, order: Order) {
         let next = |last: u32| Some((last | Self::KIND).wrapping_add(1) | order as u32);
         // Always gives a next one.
-        let _ = self.0.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
+        let _ = self.last.fetch_update(Ordering::SeqCst, Ordering::SeqCst, next);
     }
 
     /// The order and what tells it from all others.
     fn last(&self) -> (Order, u32) {
-        let last = self.0.load(Ordering::SeqCst);
+        let last = self.last.load(Ordering::SeqCst);
         let order = match last & Self::KIND {
             0 => Order::Run,
             1 => Order::Pause,
@@ -99,6 +103,10 @@ impl Vcpu {
 
     fn order(&self, order: Order) {
         self.orders.give(order);
+        self.wake();
+    }
+
+    fn wake(&self) {
         self.kicker.kick();
         self.thread.thread().unpark();
     }
@@ -111,6 +119,12 @@ impl Vcpu {
     /// Lets it run again.
     pub(crate) fn resume(&self) {
         self.order(Order::Run);
+    }
+
+    /// Asks for its memory types; it answers with an event, standing still or not.
+    pub(crate) fn ask_memory_types(&self) {
+        self.orders.asked.store(true, Ordering::SeqCst);
+        self.wake();
     }
 
     /// Makes its thread end; it answers when it is about to.
@@ -131,6 +145,7 @@ impl Vcpu {
 /// Runs the guest; nothing when it was told to end, else why the guest cannot go on.
 fn run_until_end(id: u8, fd: &mut VcpuFd, orders: &Orders, context: &Context) -> Option<ExitReason> {
     loop {
+        answer_question(id, fd, orders, context);
         match orders.last() {
             (Order::Run, _) => {}
             (Order::Pause, number) => {
@@ -173,9 +188,18 @@ fn stand_still(id: u8, fd: &mut VcpuFd, (orders, number): (&Orders, u32), contex
     let _ = fd.run();
     context.control.send(Request::Vcpu { id, event: VcpuEvent::Paused });
     while orders.last().1 == number {
+        answer_question(id, fd, orders, context);
         std::thread::park();
     }
     fd.set_kvm_immediate_exit(0);
+}
+
+/// Says which memory types the vCPU has, when that was asked: only its own thread can read its registers at any time.
+fn answer_question(id: u8, fd: &VcpuFd, orders: &Orders, context: &Context) {
+    if orders.asked.load(Ordering::Relaxed) && orders.asked.swap(false, Ordering::SeqCst) {
+        let read = mtrr::get(fd).map(Box::new);
+        context.control.send(Request::Vcpu { id, event: VcpuEvent::MemoryTypes(read) });
+    }
 }
 
 /// Answers an exit; gives the reason when it ends the machine.

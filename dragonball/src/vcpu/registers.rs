@@ -4,8 +4,9 @@ use std::io;
 
 use kvm_bindings::{KVM_MP_STATE_UNINITIALIZED, Msrs, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_segment};
 use kvm_ioctls::VcpuFd;
+use memory_types::Mtrrs;
 
-use super::memory_types;
+use super::mtrr;
 use crate::boot::{Entry, LONG_MODE_GDT};
 use crate::memory::layout::{BOOT_GDT, BOOT_PAGE_TABLES};
 
@@ -21,28 +22,27 @@ const FLAGS_RESERVED: u64 = 1 << 1;
 const MISC_ENABLE: u32 = 0x1a0;
 const FAST_STRINGS: u64 = 1;
 
-/// Sets the model-specific registers that every vCPU needs.
+/// Sets the model-specific registers that every vCPU needs, and the memory types of `mtrrs`.
 ///
 /// # Errors
 /// When KVM refuses one that the guest cannot do without.
-pub(crate) fn set_msrs(vcpu: &VcpuFd) -> io::Result<()> {
-    let mut entries = memory_types::registers().to_vec();
-    entries.push(kvm_msr_entry { index: MISC_ENABLE, data: FAST_STRINGS, ..Default::default() });
-    let msrs = Msrs::from_entries(&entries).map_err(|_| io::ErrorKind::InvalidInput)?;
-    // KVM stops at the first register that it refuses. Only the memory types, which come first, cannot be done without.
-    let set = vcpu.set_msrs(&msrs)?;
-    if set < memory_types::registers().len() {
-        return Err(io::Error::other("KVM does not take the MTRR default type"));
-    }
+pub(crate) fn set_msrs(vcpu: &VcpuFd, mtrrs: &Mtrrs) -> io::Result<()> {
+    mtrr::set(vcpu, mtrrs)?;
+    let fast_strings = kvm_msr_entry { index: MISC_ENABLE, data: FAST_STRINGS, ..Default::default() };
+    let entries = Msrs::from_entries(&[fast_strings]).map_err(|_| io::ErrorKind::InvalidInput)?;
+    // A guest can do without, where KVM does not take it: it counts what it took.
+    vcpu.set_msrs(&entries)?;
     Ok(())
 }
 
-/// Puts a vCPU that ran before into the state in which it waits for the guest to start it. Starting it resets all other
-/// registers (Intel SDM vol. 3, §10.1.1), but for model-specific ones, which keep their values as on a real processor.
+/// Puts a vCPU that ran before into the state in which it waits for the guest to start it, with the memory types of
+/// `mtrrs`. Starting it resets all other registers (Intel SDM vol. 3, §10.1.1), but for other model-specific ones, which
+/// keep their values as on a real processor.
 ///
 /// # Errors
 /// When KVM refuses.
-pub(crate) fn await_start(vcpu: &VcpuFd) -> io::Result<()> {
+pub(crate) fn await_start(vcpu: &VcpuFd, mtrrs: &Mtrrs) -> io::Result<()> {
+    mtrr::set(vcpu, mtrrs)?;
     Ok(vcpu.set_mp_state(kvm_mp_state { mp_state: KVM_MP_STATE_UNINITIALIZED })?)
 }
 

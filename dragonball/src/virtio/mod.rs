@@ -18,4 +18,4 @@ mod buffers;
 mod observed;
 pub(crate) mod pci;
 mod ring;
-mod state;
+pub(crate) mod state;

@@ -96,6 +96,20 @@ impl Guest {
         guest
     }
 
+    /// How often what comes and goes does so: `TATAMI_TEST_ROUNDS`, or `usual` times.
+    pub(crate) fn rounds(usual: usize) -> usize {
+        std::env::var("TATAMI_TEST_ROUNDS").map_or(usual, |rounds| rounds.parse().unwrap())
+    }
+
+    /// Brings all vCPUs online that are there, which must be `count`.
+    pub(crate) fn bring_online(&mut self, count: u8) {
+        let online = self.run(
+            "for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do \
+             [ ! -e $cpu ] || [ $(cat $cpu) = 1 ] || echo 1 > $cpu; done; nproc",
+        );
+        assert_eq!(online, format!("{count}\n"));
+    }
+
     /// A directory that goes away with the guest.
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
@@ -121,7 +135,8 @@ impl Guest {
         let mut text = String::new();
         loop {
             let line = self.lines.recv_timeout(PATIENCE).unwrap_or_else(|error| {
-                panic!("no answer from the guest ({error}); its console: {}", self.vm.console_tail())
+                let (seconds, tail) = (PATIENCE.as_secs(), self.vm.console_tail());
+                panic!("the guest did not answer within {seconds} s ({error}); its console: {tail}")
             });
             let line = line.trim_end_matches('\r');
             if line.ends_with(END) {

@@ -18,11 +18,6 @@ use crate::guest::{self, Guest};
 /// How long the guest gets: the lab emulates its processors.
 const LONG: Duration = Duration::from_secs(120);
 
-/// How often devices come and go.
-fn rounds() -> usize {
-    std::env::var("TATAMI_TEST_ROUNDS").map_or(5, |rounds| rounds.parse().unwrap())
-}
-
 /// A device of the host as sysfs has it.
 fn place(address: &str) -> PathBuf {
     Path::new("/sys/bus/pci/devices").join(address)
@@ -81,7 +76,7 @@ fn devices_of_the_host_come_work_and_go_again_and_again() {
     let manager = guest.vm.manager();
     let all_work = format!("devices: {} ok, 0 failed", addresses.len());
     let mut first = None;
-    for round in 0..rounds() {
+    for round in 0..Guest::rounds(5) {
         add_all(&manager, &addresses);
         let said = guest.run("passthrough");
         assert!(said.contains(&all_work), "round {round}: {said}");

@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a helper of tests, which fail by panics")]
 
 use std::io::Write;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::path::Path;
 use std::time::Duration;
 
@@ -157,13 +158,20 @@ pub(crate) fn machine(directory: &TempDir, code: &Code) -> MachineConfig {
 
 /// Waits until `vm` ends, at most half a minute: a guest that hangs fails its test instead of holding it.
 pub(crate) fn wait_for_end(vm: &Vm) -> ExitReason {
-    use std::os::fd::AsRawFd;
-    let mut poll = libc::pollfd { fd: vm.exit_event().as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    assert!(comes(vm.exit_event()), "the guest does not end; its output: {:?}", vm.console_tail());
+    vm.exit_reason().unwrap()
+}
+
+/// Waits until the guest has written the boot timer's byte, at most half a minute.
+pub(crate) fn wait_for_boot(vm: &Vm) {
+    assert!(comes(vm.boot_event()), "the guest does not say that it has booted; its output: {:?}", vm.console_tail());
+}
+
+fn comes(event: BorrowedFd<'_>) -> bool {
+    let mut poll = libc::pollfd { fd: event.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let limit = i32::try_from(Duration::from_secs(30).as_millis()).unwrap();
     // SAFETY: one valid structure.
-    let ready = unsafe { libc::poll(&raw mut poll, 1, limit) };
-    assert_eq!(ready, 1, "the guest does not end; its output: {:?}", vm.console_tail());
-    vm.exit_reason().unwrap()
+    unsafe { libc::poll(&raw mut poll, 1, limit) == 1 }
 }
 
 /// Runs a machine to its end.

@@ -2,6 +2,7 @@
 
 mod guest;
 mod hot_plug;
+mod memory_types;
 
 use dragonball::{ExitReason, start};
 use guest::{Code, kvm, machine, run, run_machine, wait_for_end};

@@ -2,12 +2,14 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
+use tokio::io::unix::AsyncFd;
 use tokio::net::unix::pipe;
 use tokio::sync::Notify;
 
@@ -79,22 +81,67 @@ pub fn open_input(path: &Path) -> Result<Input, Error> {
     Ok(Input { reader, keep_open })
 }
 
-/// Closes an output that has ended, as soon as its FIFO has a reader: what is left in it is the reader's then. Without a
-/// reader the last end to be closed takes it along, so a client that is late, or restarts, would get nothing.
-///
-/// `lonely` is told when there is no reader; `unwanted` ends the wait, and the FIFO is closed when this answers.
+/// Who wants to know how the reading of an ended output goes.
+pub trait Reading {
+    /// There is no reader; one may come.
+    fn nobody_reads(&self);
+    /// The reader took some.
+    fn progressed(&self);
+    /// Told when nobody waits for the reader any more: the FIFO is closed then, with what is in it.
+    fn unwanted(&self) -> &Notify;
+}
+
+/// Closes an output that has ended, once its reader has read it. Without a reader the last end to be closed takes along
+/// what is in the FIFO, so a client that is late, or restarts, would get nothing.
 ///
 /// # Errors
 ///
-/// When the FIFO cannot be opened again.
-pub async fn leave_to_reader(fifo: pipe::Sender, lonely: &Notify, unwanted: &Notify) -> io::Result<()> {
+/// When the FIFO cannot be opened again, or its reader cannot be watched.
+pub async fn leave_to_reader(fifo: pipe::Sender, reading: &impl Reading) -> io::Result<()> {
     let writer = reopen(&fifo, OpenOptions::new().write(true).custom_flags(libc::O_NONBLOCK))?;
     // It is open at both ends: only without it can a reader be told.
     drop(fifo);
-    if has_reader(&writer)? {
+    if !has_reader(&writer)? {
+        reading.nobody_reads();
+        return wait_for_reader(writer, reading.unwanted()).await;
+    }
+    tokio::select! {
+        read = wait_until_read(&writer, reading) => read,
+        () = reading.unwanted().notified() => Ok(()),
+    }
+}
+
+/// Waits until the reader of a FIFO has taken everything, or is gone.
+async fn wait_until_read(writer: &File, reading: &impl Reading) -> io::Result<()> {
+    if queued(writer)? == 0 {
         return Ok(());
     }
-    lonely.notify_one();
+    // No end of a pipe can wait for "empty"; but each read of a named one is an event of the file (inotify(7)).
+    let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
+    inotify.add_watch(&proc_path(writer), AddWatchFlags::IN_ACCESS | AddWatchFlags::IN_CLOSE_NOWRITE)?;
+    // SAFETY: an inotify instance has one descriptor of its own, which the `AsyncFd` owns and never hands out.
+    let inotify = unsafe { AsyncFd::register(OwnedFd::from(inotify)) }.map_err(|error| error.into_parts().1)?;
+    let mut events = [0; 4096];
+    while queued(writer)? > 0 && has_reader(writer)? {
+        let mut ready = inotify.readable().await?;
+        while ready.try_io(|inotify| Ok(nix::unistd::read(inotify, &mut events)?)).is_ok_and(|read| read.is_ok()) {
+            reading.progressed();
+        }
+    }
+    Ok(())
+}
+
+/// How many bytes are in a FIFO.
+fn queued(fifo: &File) -> io::Result<libc::c_int> {
+    let mut count = 0;
+    // SAFETY: FIONREAD of a pipe writes one int, and `count` is one.
+    match unsafe { libc::ioctl(fifo.as_raw_fd(), libc::FIONREAD, &raw mut count) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(count),
+    }
+}
+
+async fn wait_for_reader(writer: File, unwanted: &Notify) -> io::Result<()> {
     let wait = Wait { writer, reader: Arc::default() };
     let (writer, reader) = (wait.writer.try_clone()?, Arc::clone(&wait.reader));
     let open = move || {
@@ -132,7 +179,11 @@ impl Drop for Wait {
 
 /// Opens what a descriptor stands for once more, even if its name is gone.
 fn reopen(fifo: &impl AsRawFd, options: &OpenOptions) -> io::Result<File> {
-    options.open(format!("/proc/self/fd/{}", fifo.as_raw_fd()))
+    options.open(proc_path(fifo))
+}
+
+fn proc_path(fd: &impl AsRawFd) -> PathBuf {
+    PathBuf::from(format!("/proc/self/fd/{}", fd.as_raw_fd()))
 }
 
 /// Whether a FIFO that this process only writes to has a reader (poll(2): the writing end of one without is in error).

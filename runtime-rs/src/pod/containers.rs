@@ -237,6 +237,7 @@ pub fn watch(pod: &Arc<Pod>, container: &Arc<Container>, process: &Arc<Process>)
             Ok(response) => {
                 let at = response.exited_at.into_option().unwrap_or_else(Exit::now);
                 process.settled().await;
+                process.hand_over().await;
                 stopped(&pod, &container, &process, Exit { status: response.exit_status, at });
             }
             // Deleted without having run.

@@ -7,6 +7,7 @@ pub mod events;
 pub mod gate;
 pub mod lifetime;
 pub mod operations;
+mod outlet;
 pub mod process;
 pub mod resize;
 pub mod sandbox;

@@ -1,6 +1,7 @@
 //! One process of a container, its init or an exec: what the host knows of it without asking the guest.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use protobuf::well_known_types::timestamp::Timestamp;
 use protocols::containerd::types::task::Status;
@@ -9,6 +10,11 @@ use tokio::sync::watch;
 use super::stdio::{Names, Pumps};
 use crate::delete::EXIT_KILLED;
 use crate::error::Error;
+
+/// A container's processes end with its init, and its streams with them: silence means a guest that is slow.
+const QUIET_INIT: Duration = Duration::from_secs(2);
+/// What an exec leaves behind may hold its streams for as long as the container lives: silence means that.
+const QUIET_EXEC: Duration = Duration::from_millis(250);
 
 /// How a process ended.
 #[derive(Debug, Clone, PartialEq)]
@@ -143,6 +149,11 @@ impl Process {
     /// The client has no more input.
     pub fn close_input(&self) {
         self.pumps.close_input();
+    }
+
+    /// Waits, within limits, until the readers of its output have what it wrote before its end.
+    pub async fn hand_over(&self) {
+        self.pumps.hand_over(if self.exec_id.is_empty() { QUIET_INIT } else { QUIET_EXEC }).await;
     }
 
     /// Waits, within limits, for the rest of the output of a process that the guest has forgotten.

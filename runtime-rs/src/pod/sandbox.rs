@@ -74,6 +74,8 @@ impl Sandbox {
         let machine = blocking::run("launch", move || launcher.launch(&plan)).await??;
         let exit = watch(machine.exit_event()).map_err(Error::host("watch", "the virtual machine"))?;
         pod.stamp("machine started");
+        // While the guest boots nobody waits for this process.
+        dragonball::footprint::give_back_code();
 
         let deadline = config.agent.reconnect_timeout;
         let agent = tokio::select! {

@@ -4,7 +4,7 @@
 //! are on their way, so an idle container costs none.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -12,15 +12,15 @@ use protocols::STREAM_SCHEME;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::net::unix::pipe;
-use tokio::sync::Notify;
 use tokio::task::JoinHandle;
 
+use super::outlet::Outlet;
 use super::streams::{Opening, Streams};
 use crate::error::Error;
-use crate::host::fifo::{self, Input, Output};
+use crate::host::fifo::{self, Input};
 
 /// One read at most (bytes): half of a pipe, so that a reader that lags by one turn finds room.
-const CHUNK: usize = 32 << 10;
+pub(super) const CHUNK: usize = 32 << 10;
 
 /// The stdio of a process as containerd named it.
 #[derive(Debug, Clone, Default)]
@@ -35,31 +35,12 @@ pub struct Names {
     pub terminal: bool,
 }
 
-/// After the guest has forgotten a process, a pump that has nothing to write waits for nothing but a descendant that
-/// keeps the stream open. containerd's own shim gives it as long.
-const QUIET_DEADLINE: Duration = Duration::from_secs(2);
-/// A reader that takes nothing for so long has given up.
-const READER_DEADLINE: Duration = Duration::from_secs(60);
-
-/// What an output pump is doing.
-#[derive(Debug, Default)]
-struct Flow {
-    /// Bytes that the reader took.
-    written: AtomicU64,
-    /// Whether bytes wait for the reader.
-    writing: AtomicBool,
-    /// Told when the output has ended and nobody has come to read it.
-    lonely: Notify,
-    /// Told when nobody will come.
-    unwanted: Notify,
-}
-
 /// The moment of the first output byte, in nanoseconds of CLOCK_MONOTONIC; 0 before it.
 #[derive(Debug, Default)]
 pub struct FirstByte(AtomicU64);
 
 impl FirstByte {
-    fn mark(&self) {
+    pub(super) fn mark(&self) {
         if self.0.load(Ordering::Relaxed) == 0 {
             self.0.store(timeline::now_ns(), Ordering::Relaxed);
         }
@@ -90,7 +71,7 @@ pub struct Pumps {
     streams: Option<Arc<Streams>>,
     ids: Vec<u64>,
     input: Mutex<Inlet>,
-    outputs: Mutex<Vec<(Arc<Flow>, JoinHandle<()>)>>,
+    outputs: Mutex<Vec<Outlet>>,
 }
 
 impl Pumps {
@@ -115,9 +96,7 @@ impl Pumps {
         for (output, name) in [(stdout, &mut guest.stdout), (stderr, &mut guest.stderr)] {
             if let Some(output) = output {
                 let opening = pumps.expect(streams, name);
-                let flow = Arc::<Flow>::default();
-                let pump = tokio::spawn(pump_out(opening, output, Arc::clone(first), Arc::clone(&flow)));
-                pumps.outputs.get_mut().unwrap_or_else(PoisonError::into_inner).push((flow, pump));
+                pumps.outputs().push(Outlet::start(opening, output, Arc::clone(first)));
             }
         }
         Ok((guest, pumps))
@@ -170,46 +149,31 @@ impl Pumps {
     /// Waits until all output of a forgotten process is written, for as long as its reader takes any; then everything is
     /// closed.
     pub async fn finish(&self) {
-        let outputs = std::mem::take(&mut *self.outputs.lock().unwrap_or_else(PoisonError::into_inner));
-        for (flow, pump) in outputs {
-            finish_output(&flow, pump).await;
+        let outputs = std::mem::take(&mut *self.outputs());
+        for outlet in outputs {
+            outlet.finish().await;
         }
         self.abort_input();
     }
-}
 
-async fn finish_output(flow: &Flow, mut pump: JoinHandle<()>) {
-    let mut stalled = Duration::ZERO;
-    loop {
-        let before = flow.written.load(Ordering::Relaxed);
-        tokio::select! {
-            _ = &mut pump => return,
-            // The client wants no more of it, or it would not delete the process.
-            () = flow.lonely.notified() => {
-                flow.unwanted.notify_one();
-                continue;
-            }
-            () = tokio::time::sleep(QUIET_DEADLINE) => {}
-        }
-        let progressed = flow.written.load(Ordering::Relaxed) != before;
-        stalled = if progressed { Duration::ZERO } else { stalled + QUIET_DEADLINE };
-        let writing = flow.writing.load(Ordering::Relaxed);
-        if !progressed && (!writing || stalled >= READER_DEADLINE) {
-            if writing {
-                tracing::warn!("nobody reads the rest of a process's output; it is lost");
-            }
-            pump.abort();
-            return;
-        }
+    /// Waits until the readers have what an ended process wrote, for as long as they take any: a client closes its end
+    /// of the FIFOs as soon as it hears of the end, and what is still in them would be lost.
+    ///
+    /// What is left behind by an init ends with it, so that its streams end; an exec's descendants may hold theirs for
+    /// ever, so that silence says as much.
+    pub async fn hand_over(&self, quiet: Duration) {
+        let flows: Vec<_> = self.outputs().iter().map(Outlet::flow).collect();
+        futures::future::join_all(flows.iter().map(|flow| flow.handed_over(quiet))).await;
+    }
+
+    fn outputs(&self) -> MutexGuard<'_, Vec<Outlet>> {
+        self.outputs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl Drop for Pumps {
     fn drop(&mut self) {
         self.abort_input();
-        for (_, pump) in self.outputs.get_mut().unwrap_or_else(PoisonError::into_inner) {
-            pump.abort();
-        }
         if let Some(streams) = &self.streams {
             for id in &self.ids {
                 streams.cancel(*id);
@@ -251,51 +215,5 @@ async fn wait_closed(stream: &UnixStream) {
             Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
             _ => return,
         }
-    }
-}
-
-/// Writes all of `bytes`, and counts what was taken.
-async fn write(output: &mut Output, mut bytes: &[u8], flow: &Flow) -> std::io::Result<()> {
-    while !bytes.is_empty() {
-        let count = match output {
-            Output::Fifo(fifo) => fifo.write(bytes).await?,
-            Output::File(file) => file.write(bytes).await?,
-        };
-        flow.written.fetch_add(count as u64, Ordering::Relaxed);
-        bytes = &bytes[count..];
-    }
-    Ok(())
-}
-
-async fn pump_out(opening: Opening, mut output: Output, first: Arc<FirstByte>, flow: Arc<Flow>) {
-    let Ok(stream) = opening.await else { return };
-    let result: std::io::Result<()> = async {
-        loop {
-            stream.readable().await?;
-            let mut buffer = Vec::with_capacity(CHUNK);
-            match stream.try_read_buf(&mut buffer) {
-                Ok(0) => return Ok(()),
-                Ok(_) => {
-                    first.mark();
-                    flow.writing.store(true, Ordering::Relaxed);
-                    write(&mut output, &buffer, &flow).await?;
-                    flow.writing.store(false, Ordering::Relaxed);
-                }
-                Err(error) if error.kind() == std::io::ErrorKind::WouldBlock => {}
-                Err(error) => return Err(error),
-            }
-        }
-    }
-    .await;
-    if let Err(error) = result {
-        tracing::warn!(%error, "the output of a process ended early");
-    }
-    let closed = match output {
-        // Its writes are queued; dropping it would lose the last one.
-        Output::File(mut file) => file.flush().await,
-        Output::Fifo(fifo) => fifo::leave_to_reader(fifo, &flow.lonely, &flow.unwanted).await,
-    };
-    if let Err(error) = closed {
-        tracing::warn!(%error, "the output of a process was not written whole");
     }
 }

@@ -2,9 +2,11 @@
 
 use std::fs;
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
 
 use libtest_mimic::Trial;
+use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use protocols::containerd::api::*;
 use protocols::containerd::topics::*;
 use protocols::containerd::ttrpc;
@@ -24,6 +26,7 @@ pub(crate) fn all() -> Vec<Trial> {
         trial("input that ends before the process starts arrives whole, and ends", early_close),
         trial("signals end processes with 128 plus their number", signals),
         trial("execs have their own stdio, exits and deletes", execs),
+        trial("the end of a process is told when its output is read, or not being read", ends_after_output),
         trial("output without a reader waits for one, and goes with its process", late_readers),
         trial("requests in the wrong state are refused with containerd's codes", wrong_states),
         trial("a guest that ends or hangs early is reported as what it was", early_ends),
@@ -224,6 +227,48 @@ async fn execs() {
     ])
     .await;
     finish(&node, &task).await;
+}
+
+/// Clients close their ends of the FIFOs when they hear of the end.
+async fn ends_after_output() {
+    const SIZE: usize = 40_000;
+    let script = format!("head -c {SIZE} /dev/zero");
+    let node = Node::new().await;
+    for (id, reads) in [("read", true), ("unread", false)] {
+        let io = Io { stdout: node.fifo(id), ..Io::default() };
+        let mut file = fs::OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(&io.stdout).unwrap();
+        let task = node.create(id, &["/bin/sh", "-c", &script], &io).await;
+        // Only from here on the FIFO does not look ended to its reader.
+        fcntl(&file, FcntlArg::F_SETFL(OFlag::empty())).unwrap();
+        let reader = reads.then(|| {
+            let mut file = file.try_clone().unwrap();
+            tokio::task::spawn_blocking(move || {
+                let mut page = [0; 4096];
+                while file.read(&mut page).unwrap() > 0 {
+                    std::thread::sleep(std::time::Duration::from_millis(10));
+                }
+            })
+        });
+        task.start("").await.unwrap();
+        assert_eq!(task.wait("").await.unwrap(), 0);
+        match reader {
+            Some(reader) => {
+                assert_eq!(queued(&file), 0);
+                reader.await.unwrap();
+            }
+            None => assert_eq!(queued(&file), SIZE),
+        }
+        task.delete("").await.unwrap();
+        assert_eq!(file.read_to_end(&mut Vec::new()).unwrap(), if reads { 0 } else { SIZE });
+        finish(&node, &task).await;
+    }
+}
+
+fn queued(file: &fs::File) -> usize {
+    let mut count: libc::c_int = 0;
+    // SAFETY: FIONREAD of a pipe writes one int, and `count` is one.
+    assert_eq!(unsafe { libc::ioctl(file.as_raw_fd(), libc::FIONREAD, &raw mut count) }, 0);
+    usize::try_from(count).unwrap()
 }
 
 async fn late_readers() {

@@ -9,6 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use lab::{Device, Event, Hardware, Input, Machine, Setup, Snapshot, Status};
+use tests::second_chance::SecondChances;
 
 /// Runs the end-to-end suites or the demonstration where virtual machines can run.
 ///
@@ -182,9 +183,32 @@ impl Alone {
         let succeeded = if lab::probe::probe().hardware && self.device.is_empty() {
             self.on_this_host(&name)?
         } else {
-            self.in_the_lab(&name)?
+            self.with_second_chances(&name)?
         };
         Ok(if succeeded { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    /// The tests whose guests died run once more, in a machine of their own.
+    fn with_second_chances(&self, name: &str) -> Result<bool> {
+        let chances = SecondChances::new(true);
+        let mut filter: Vec<_> = self.filter.iter().cloned().collect();
+        loop {
+            if self.in_the_lab(name, &filter)? {
+                return Ok(true);
+            }
+            let log = self.log(name);
+            let text = fs::read_to_string(&log).with_context(|| format!("Cannot read {}", log.display()))?;
+            let failed = failed_tests(&text);
+            if failed.is_empty() || !chances.take(&text) {
+                return Ok(false);
+            }
+            println!("\nA guest died or hung on emulated processors; once more: {}", failed.join(", "));
+            filter = std::iter::once("--exact".to_owned()).chain(failed).collect();
+        }
+    }
+
+    fn log(&self, name: &str) -> PathBuf {
+        self.report.join(format!("{name}.log"))
     }
 
     fn on_this_host(&self, name: &str) -> Result<bool> {
@@ -196,12 +220,12 @@ impl Alone {
         Ok(status.with_context(|| format!("Cannot run {}", self.program.display()))?.success())
     }
 
-    fn in_the_lab(&self, name: &str) -> Result<bool> {
+    fn in_the_lab(&self, name: &str, filter: &[String]) -> Result<bool> {
         fs::create_dir_all(&self.report).with_context(|| format!("Cannot create {}", self.report.display()))?;
         println!("{name} in the lab");
         let machine = self.machine()?;
         machine.push(&self.program, "/root/bin/program")?;
-        let mut command = lab::Command::new("/root/bin/program").args(self.filter.clone());
+        let mut command = lab::Command::new("/root/bin/program").args(filter.to_vec());
         if let Some(kernel) = &self.kernel {
             machine.push(kernel, "/root/bin/vmlinux")?;
             machine.push(Path::new("/usr/bin/busybox"), "/root/bin/busybox")?;
@@ -215,8 +239,7 @@ impl Alone {
         if let Some(rounds) = self.rounds {
             command = command.env(ROUNDS, rounds.to_string());
         }
-        let log = Log::create(&self.report.join(format!("{name}.log")))?;
-        let status = stream(&machine, &command, log)?;
+        let status = stream(&machine, &command, Log::create(&self.log(name))?)?;
         machine.end()?;
         Ok(status == Status::Exited(0))
     }
@@ -238,6 +261,12 @@ fn stream(machine: &Machine, command: &lab::Command, mut log: Log) -> Result<Sta
         Event::Ended(_) => {}
     })?;
     Ok(status)
+}
+
+/// The tests that a log of Rust's test harness names as failed.
+fn failed_tests(log: &str) -> Vec<String> {
+    let failed = |line: &str| Some(line.strip_prefix("test ")?.strip_suffix(" ... FAILED")?.to_owned());
+    log.lines().filter_map(failed).collect()
 }
 
 /// Shows what a program writes and keeps it.
@@ -272,5 +301,18 @@ impl Write for Log {
 
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod log_tests {
+    use super::failed_tests;
+
+    #[test]
+    fn failed_tests_are_found_in_a_log_among_what_guests_print() {
+        let log = "running 3 tests\ntest memory::grows ... ok\ntest hot_plug::comes ... FAILED\n[ 1.2] test x\n\
+                   test passthrough::used ... FAILED\n\nfailures:\n    hot_plug::comes\n";
+        assert_eq!(failed_tests(log), ["hot_plug::comes", "passthrough::used"]);
+        assert!(failed_tests("").is_empty());
     }
 }

@@ -54,6 +54,19 @@ fn await_size(container: &Container<'_>, cpus: u64, most: u64) -> Result<()> {
     Ok(())
 }
 
+/// What `ctr run` is told so that the container sees its own cgroup's files, beside `limits`.
+fn with_cgroups(limits: &[String]) -> Vec<&str> {
+    let mut options: Vec<&str> = limits.iter().map(String::as_str).collect();
+    options.extend(["--mount", "type=cgroup2,src=cgroup2,dst=/cgroups,options=ro"]);
+    options
+}
+
+/// One of its limits, as the guest's kernel has it.
+fn limit(container: &Container<'_>, file: &str) -> Result<String> {
+    let script = format!("cat /cgroups$(cut -d: -f3 /proc/1/cgroup)/{file}");
+    Ok(container.exec(&file.replace('.', "-"), &[], &["sh", "-c", &script], b"")?.expect_code(0)?.text())
+}
+
 /// Room to grow that does not depend on the machine under test.
 fn with_room(context: &Context) -> Result<Changed> {
     let maxima = [("hypervisor.dragonball.default_maxvcpus", "4"), ("hypervisor.dragonball.default_maxmemory", "768")];
@@ -114,7 +127,7 @@ fn update(context: &Context) -> Result<()> {
     let _room = with_room(context)?;
     let limits = ["--cpus", "1", "--memory-limit", &(64 * MIB).to_string()].map(str::to_owned);
     let id = context.id("updated");
-    let container = context.ctr.detach(&limits.each_ref().map(String::as_str), BUSYBOX, &id, &["sleep", "10000"])?;
+    let container = context.ctr.detach(&with_cgroups(&limits), BUSYBOX, &id, &["sleep", "10000"])?;
     let before = look(&container)?;
     ensure!(before.cpus == 2, "{before:?}");
     let change = |resources: Value| -> Result<()> {
@@ -123,10 +136,8 @@ fn update(context: &Context) -> Result<()> {
     change(json!({"cpu": {"quota": 300_000, "period": 100_000}, "memory": {"limit": 320 * MIB}}))?;
     let grown = look(&container)?;
     ensure!(grown == Seen { cpus: 4, memory: before.memory + 256 * MIB }, "{before:?}, then {grown:?}");
-    let limits =
-        container.exec("limits", &[], &["sh", "-c", "cat /sys/fs/cgroup/cpu.max /sys/fs/cgroup/memory.max"], b"")?;
-    let limits = limits.expect_code(0)?.text();
-    ensure!(limits == format!("300000 100000\n{}", 320 * MIB), "{limits:?}");
+    let limits = (limit(&container, "cpu.max")?, limit(&container, "memory.max")?);
+    ensure!(limits == ("300000 100000".to_owned(), (320 * MIB).to_string()), "{limits:?}");
     change(json!({"cpu": {"quota": 100_000}, "memory": {"limit": 64 * MIB}}))?;
     await_size(&container, 2, before.memory + 64 * MIB)?;
     container.remove().map(drop)
@@ -140,10 +151,11 @@ fn refused(context: &Context) -> Result<()> {
     ensure!(refused.code != 0 && text.contains("need 320 MiB") && text.contains("default_maxmemory"), "{refused:?}");
     // A container that runs keeps its limits.
     let id = context.id("kept");
-    let container = context.ctr.detach(&["--memory-limit", "33554432"], BUSYBOX, &id, &["sleep", "10000"])?;
+    let limits = ["--memory-limit", "33554432"].map(str::to_owned);
+    let container = context.ctr.detach(&with_cgroups(&limits), BUSYBOX, &id, &["sleep", "10000"])?;
     let refused = task_api::update(context, &id, &json!({"memory": {"limit": 64 * MIB}}))?;
     ensure!(refused.as_ref().is_err_and(|text| text.contains("can have 300 MiB")), "{refused:?}");
-    let limit = container.exec("limit", &[], &["cat", "/sys/fs/cgroup/memory.max"], b"")?.expect_code(0)?.text();
+    let limit = limit(&container, "memory.max")?;
     ensure!(limit == "33554432", "{limit:?}");
     container.remove().map(drop)
 }

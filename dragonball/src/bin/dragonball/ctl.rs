@@ -9,6 +9,7 @@ use dragonball::manage::{DeviceInfo, MachineInfo, Presence, RangeInfo};
 use dragonball::{DeviceConfig, DiskConfig, FsConfig, NetConfig, PmemConfig, VfioConfig};
 
 use crate::cli::{Image, parse_fs, parse_image, parse_net, parse_size, parse_vfio};
+use crate::mtrr;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -115,6 +116,8 @@ enum Action {
     Resume,
     /// Shows what the machine consists of.
     Info,
+    /// Shows the memory types (MTRR) of the vCPUs, and of RAM, windows and BARs by them.
+    Mtrr,
 }
 
 /// Does it, and prints the answer.
@@ -152,6 +155,7 @@ fn request(action: Action, deadline_ms: u32) -> ControlRequest {
         Action::Pause => ControlRequest::Pause {},
         Action::Resume => ControlRequest::Resume {},
         Action::Info => ControlRequest::Info {},
+        Action::Mtrr => ControlRequest::MemoryTypes {},
     }
 }
 
@@ -183,6 +187,7 @@ fn print(answer: &ControlAnswer) {
             }
         }
         ControlAnswer::Machine(machine) => print!("{}", tree(machine, std::io::stdout().is_terminal())),
+        ControlAnswer::MemoryTypes(types) => print!("{}", mtrr::table(types)),
     }
 }
 
@@ -234,7 +239,7 @@ fn branches(ranges: &[RangeInfo], indent: &str) -> Vec<String> {
 }
 
 /// A length in the largest unit that gives a whole number.
-fn size(bytes: u64) -> String {
+pub(crate) fn size(bytes: u64) -> String {
     let units = [(40, "TiB"), (30, "GiB"), (20, "MiB"), (10, "KiB")];
     let fits = |shift: &u32| bytes.is_multiple_of(1 << shift) && bytes > 0;
     units

@@ -4,11 +4,13 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use cli::{Cli, Command};
+use dragonball::footprint::give_back_code;
 use dragonball::{ConsoleOutput, ExitReason, MachineConfig, Vm, start};
 use outside::{ControlSocket, RawTerminal, StopSignals};
 
 mod cli;
 mod ctl;
+mod mtrr;
 mod outside;
 
 fn main() -> ExitCode {
@@ -39,6 +41,7 @@ fn run_machine(run: cli::Run) -> ExitCode {
     if let Some(Err(error)) = control.as_ref().map(|control| control.serve(&vm)) {
         return fail(&error);
     }
+    give_back_code();
     let raw = uses_terminal.then(RawTerminal::new);
     wait(&vm, boot_timer, &signals);
     drop(raw);
