@@ -17,6 +17,7 @@ mod logging;
 mod memory_types;
 mod mounts;
 mod network;
+mod passthrough;
 mod process;
 mod reaper;
 mod service;

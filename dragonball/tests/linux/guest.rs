@@ -197,8 +197,7 @@ fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
         archive.extend(content);
         archive.resize(archive.len().next_multiple_of(4), 0);
     };
-    entry("bin", 0o040_755, &[]);
-    entry("dev", 0o040_755, &[]);
+    ["bin", "dev", "modules"].into_iter().for_each(|directory| entry(directory, 0o040_755, &[]));
     files.iter().for_each(|(path, content)| entry(path, 0o100_755, content));
     entry("TRAILER!!!", 0, &[]);
     archive
