@@ -14,11 +14,11 @@ FUZZ_SECONDS ?= 60
 PACKAGES := acpica-tools bc bison build-essential busybox-static cpio e2fsprogs erofs-utils flex libelf-dev \
             libseccomp-dev libssl-dev mmdebstrap python3 rsync xz-utils zstd
 
-.PHONY: help deps build dist images run test lint deny unit guests growth test-vfio vfio-guests passthrough suites bench fuzz install clean
+.PHONY: help deps build dist images run test lint deny unit guests growth memory-types test-vfio vfio-guests passthrough suites bench fuzz install clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 deps: ## Install the Debian packages that the build needs (root)
 	@missing=$$(dpkg-query -W -f '$${Package} $${Status}\n' $(PACKAGES) 2>/dev/null | awk '/ installed$$/{print $$1}' \
@@ -84,6 +84,7 @@ test-vfio: ## Devices of the host in guests, in a lab machine with an IOMMU, a G
 	cargo test --locked --profile $(PROFILE) -p gpu-model
 	cargo test --locked --profile $(PROFILE) -p vfio-check --test machine -- --include-ignored --test-threads 1
 	$(MAKE) vfio-guests VFIO_ROUNDS=50
+	$(MAKE) memory-types
 
 # How often the devices come and go.
 VFIO_ROUNDS ?= 5
@@ -93,6 +94,16 @@ vfio-guests: build passthrough
 	    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
 	$(OUT)/run-suites program "$$program" --report target/vfio --filter passthrough --kernel target/kernel/vmlinux \
 	    --passthrough $(PASSTHROUGH) --rounds $(VFIO_ROUNDS) --device edu --device gpu:1G
+
+# The guests' kernel has no debugfs; the lab's own shows which memory types page tables have, a GPU's video memory included.
+memory-types: build passthrough ## Memory types in Linux guests, by a kernel that shows those of its page tables
+	$(OUT)/kernel-config build --profile lab --output target/kernel-lab
+	@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
+	    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
+	$(OUT)/run-suites program "$$program" --report target/memory-types --filter memory_types \
+	    --kernel target/kernel-lab/vmlinux && \
+	$(OUT)/run-suites program "$$program" --report target/memory-types --filter passthrough \
+	    --kernel target/kernel-lab/vmlinux --passthrough $(PASSTHROUGH) --rounds 2 --device gpu:1G
 
 # A machine that grows and shrinks while it works, as often as is promised; `guests` does it twice.
 GROWTH_ROUNDS ?= 20
