@@ -110,6 +110,13 @@ impl Guest {
         assert_eq!(online, format!("{count}\n"));
     }
 
+    /// Whether the guest's kernel shows the memory types of its page tables; it then does so until its end.
+    pub(crate) fn shows_page_table_types(&mut self) -> bool {
+        let command = "mkdir -p /sys/kernel/debug; mount -t debugfs debugfs /sys/kernel/debug; \
+                       grep -c . /sys/kernel/debug/x86/pat_memtype_list";
+        self.run(command).trim().parse::<u32>().is_ok_and(|lines| lines > 0)
+    }
+
     /// A directory that goes away with the guest.
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
