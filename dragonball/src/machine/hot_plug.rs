@@ -67,9 +67,12 @@ impl Move {
 pub(crate) struct Retired {
     /// What of the PCI windows is free.
     ranges: Vec<Range>,
-    /// Who waits for that.
-    reply: Option<Reply<()>>,
+    /// Answers who waits for that.
+    then: Option<Then>,
 }
+
+/// What is done when nothing of a device is left: an answer, which is another one when it is dropped.
+type Then = Box<dyn FnOnce() + Send>;
 
 enum Direction {
     In(Reply<DeviceInfo>),
@@ -245,22 +248,19 @@ impl HotPlug {
         if self.devices.at(slot).is_none_or(|attached| attached.fixed) {
             return;
         }
-        let reply = match self.moves.remove(&slot).map(|done| done.direction) {
-            Some(Direction::Out(reply)) => Some(reply),
-            Some(Direction::In(reply)) => {
-                reply.send(Err(ChangeError::Declined));
-                None
-            }
+        let then: Option<Then> = match self.moves.remove(&slot).map(|done| done.direction) {
+            Some(Direction::Out(reply)) => Some(Box::new(|| reply.send(Ok(())))),
+            Some(Direction::In(reply)) => Some(Box::new(|| reply.send(Err(ChangeError::Declined)))),
             None => {
                 tracing::info!(slot, "the guest let a device go");
                 None
             }
         };
-        self.take_out(event_loop, slot, reply);
+        self.take_out(event_loop, slot, then);
     }
 
-    /// Empties a slot, and answers `reply` when nothing of its device is left.
-    fn take_out(&mut self, event_loop: &mut Loop, slot: u8, reply: Option<Reply<()>>) {
+    /// Empties a slot, and does `then` when nothing of its device is left: it can be given away again.
+    fn take_out(&mut self, event_loop: &mut Loop, slot: u8, then: Option<Then>) {
         if let Some(registers) = &self.registers {
             registers.withdraw(slot);
             registers.keep(slot);
@@ -270,20 +270,20 @@ impl HotPlug {
             event_loop.remove_worker(number);
         }
         let Some(leaving) = detached.leaving else {
-            reply.into_iter().for_each(|reply| reply.send(Ok(())));
+            then.into_iter().for_each(|then| then());
             return;
         };
         let control = self.devices.control().clone();
         // The reset of a device may take seconds; the machine goes on meanwhile.
-        let retire = move || control.send(Request::Retired(Retired { ranges: leaving.retire(), reply }));
+        let retire = move || control.send(Request::Retired(Retired { ranges: leaving.retire(), then }));
         self.retiring.retain(|thread| !thread.is_finished());
         self.retiring.extend(threads::aside("vfio-retire", retire));
     }
 
     /// Devices of the host have been reset: their place in the windows is free.
-    pub(super) fn retired(&mut self, Retired { ranges, reply }: Retired) {
+    pub(super) fn retired(&mut self, Retired { ranges, then }: Retired) {
         self.devices.free(ranges);
-        reply.into_iter().for_each(|reply| reply.send(Ok(())));
+        then.into_iter().for_each(|then| then());
     }
 
     /// Ends what the guest had its time for, and sets the timer for the next.
@@ -313,8 +313,8 @@ impl HotPlug {
         let Some(registers) = self.registers.clone() else { return };
         match moving.direction {
             Direction::In(reply) if registers.withdraw(slot) => {
-                self.take_out(event_loop, slot, None);
-                reply.send(Err(ChangeError::Unseen(moving.given)));
+                let then = move || reply.send(Err(ChangeError::Unseen(moving.given)));
+                self.take_out(event_loop, slot, Some(Box::new(then)));
             }
             Direction::In(reply) => {
                 // The guest may be at it: the slot is free when it has let go.
