@@ -64,6 +64,12 @@ struct Alone {
     /// Run it in a machine with this much memory, in MiB.
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
+    /// The kernel of that machine: debian (it gives devices by groups) or iommufd (by iommufd).
+    #[arg(long, value_name = "KERNEL", requires = "device", default_value = "debian")]
+    machine_kernel: lab::Kernel,
+    /// A kernel module for the guests, loaded in the order given. Can be repeated.
+    #[arg(long, value_name = "FILE", requires = "passthrough")]
+    module: Vec<PathBuf>,
     /// How often devices, vCPUs and memory come and go.
     #[arg(long, value_name = "N")]
     rounds: Option<u32>,
@@ -177,6 +183,10 @@ const KERNEL: &str = "TATAMI_TEST_KERNEL";
 const BUSYBOX: &str = "TATAMI_TEST_BUSYBOX";
 const DEVICES: &str = "TATAMI_TEST_DEVICES";
 const PASSTHROUGH: &str = "TATAMI_TEST_PASSTHROUGH";
+const MODULES: &str = "TATAMI_TEST_MODULES";
+const IOMMUFD: &str = "TATAMI_TEST_IOMMUFD";
+/// Where the lab machine has the modules for guests.
+const MODULES_PLACE: &str = "/root/bin/modules";
 const ROUNDS: &str = "TATAMI_TEST_ROUNDS";
 
 impl Alone {
@@ -241,6 +251,14 @@ impl Alone {
             let devices: Vec<_> = (0..self.device.len()).map(Hardware::address).collect();
             command = command.env(PASSTHROUGH, "/root/bin/passthrough").env(DEVICES, devices.join(" "));
         }
+        for (number, module) in self.module.iter().enumerate() {
+            let name = module.file_name().unwrap_or_default().to_string_lossy();
+            machine.push(module, &format!("{MODULES_PLACE}/{number}-{name}"))?;
+            command = command.env(MODULES, MODULES_PLACE);
+        }
+        if self.machine_kernel == lab::Kernel::Iommufd {
+            command = command.env(IOMMUFD, "1");
+        }
         if let Some(rounds) = self.rounds {
             command = command.env(ROUNDS, rounds.to_string());
         }
@@ -255,7 +273,8 @@ impl Alone {
         if self.device.is_empty() && self.memory.is_none() {
             return Ok(Machine::restore(Snapshot::Base, &name)?);
         }
-        let hardware = self.device.iter().fold(Hardware::new(), |hardware, device| hardware.device(*device));
+        let empty = Hardware::new().kernel(self.machine_kernel);
+        let hardware = self.device.iter().fold(empty, |hardware, device| hardware.device(*device));
         let hardware = self.memory.into_iter().fold(hardware, Hardware::memory);
         Ok(Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name)?)
     }
