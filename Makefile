@@ -88,11 +88,13 @@ test-vfio: ## Devices of the host in guests, in a lab machine with an IOMMU, a G
 # How often the devices come and go.
 VFIO_ROUNDS ?= 5
 
-vfio-guests: build passthrough
+vfio-guests: dist images passthrough
 	@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
 	    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
 	$(OUT)/run-suites program "$$program" --report target/vfio --filter passthrough --kernel target/kernel/vmlinux \
 	    --passthrough $(PASSTHROUGH) --rounds $(VFIO_ROUNDS) --device edu --device gpu:1G
+	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/vfio --filter devices: \
+	    --passthrough $(PASSTHROUGH) --device edu --device gpu:1G
 
 suites: dist images guests ## Small guests, and end-to-end suites against containerd 1.7 and 2.1
 	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/suites

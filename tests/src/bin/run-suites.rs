@@ -34,6 +34,8 @@ enum Action {
         /// Only with this containerd of the lab: base (1.7) or containerd-2.1.
         #[arg(long, value_name = "SNAPSHOT")]
         snapshot: Option<Snapshot>,
+        #[command(flatten)]
+        passed: Passed,
     },
     /// Runs a test program by itself in the lab: the small guests, unless they ran on this host's hardware.
     Program(Alone),
@@ -55,12 +57,8 @@ struct Alone {
     /// A guest kernel for the program's Linux guests, whose shell is this machine's busybox.
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Run it in a machine with this device behind an IOMMU, for its guests (see `lab up --help`). Can be repeated.
-    #[arg(long, value_name = "DEVICE", requires = "passthrough")]
-    device: Vec<Device>,
-    /// The static program by which guests use devices that are passed to them.
-    #[arg(long, value_name = "FILE")]
-    passthrough: Option<PathBuf>,
+    #[command(flatten)]
+    passed: Passed,
     /// How often devices come and go.
     #[arg(long, value_name = "N")]
     rounds: Option<u32>,
@@ -89,27 +87,57 @@ struct Parts {
     lab: bool,
 }
 
+/// Devices for the guests of a machine of the lab.
+#[derive(Clone, Debug, Default, Args)]
+struct Passed {
+    /// Run it in a machine with this device behind an IOMMU, for its guests (see `lab up --help`). Can be repeated.
+    #[arg(long, value_name = "DEVICE", requires = "passthrough")]
+    device: Vec<Device>,
+    /// The static program by which guests use devices that are passed to them.
+    #[arg(long, value_name = "FILE")]
+    passthrough: Option<PathBuf>,
+}
+
+impl Passed {
+    /// A machine from the snapshot; one with devices is booted.
+    fn machine(&self, snapshot: Snapshot, name: &str) -> Result<Machine> {
+        if self.device.is_empty() {
+            return Ok(Machine::restore(snapshot, name)?);
+        }
+        let hardware = self.device.iter().fold(Hardware::new(), |hardware, device| hardware.device(*device));
+        Ok(Machine::boot(&hardware, snapshot, &Setup::new(), name)?)
+    }
+
+    /// Where the devices are in that machine.
+    fn addresses(&self) -> Vec<String> {
+        (0..self.device.len()).map(Hardware::address).collect()
+    }
+}
+
+/// Where the program by which guests use devices is in a machine.
+const PASSTHROUGH_PROGRAM: &str = "/root/bin/passthrough";
+
 /// Deadlines in the lab, where every CPU is emulated, are this many times those of metal.
 const LAB_SLOWNESS: &str = "10";
 
 fn main() -> Result<ExitCode> {
-    let (parts, program, arguments, snapshots) = match Arguments::parse().action {
+    let (parts, program, arguments, (snapshots, passed)) = match Arguments::parse().action {
         Action::Program(alone) => return alone.run(),
-        Action::Test { parts, filter, snapshot } => {
+        Action::Test { parts, filter, snapshot, passed } => {
             let snapshots = snapshot.map_or_else(|| vec![Snapshot::Base, Snapshot::Containerd21], |one| vec![one]);
-            (parts, "suites", filter.into_iter().collect::<Vec<_>>(), snapshots)
+            (parts, "suites", filter.into_iter().collect::<Vec<_>>(), (snapshots, passed))
         }
-        Action::Demo { parts } => (parts, "demo", Vec::new(), vec![Snapshot::Base]),
+        Action::Demo { parts } => (parts, "demo", Vec::new(), (vec![Snapshot::Base], Passed::default())),
     };
     fs::create_dir_all(&parts.report).with_context(|| format!("Cannot create {}", parts.report.display()))?;
     let probe = lab::probe::probe();
     println!("{probe}");
-    if probe.hardware && !parts.lab {
+    if probe.hardware && !parts.lab && passed.device.is_empty() {
         return on_this_host(&parts, program, &arguments);
     }
     let mut failed = Vec::new();
     for snapshot in snapshots {
-        if !in_the_lab(&parts, program, &arguments, snapshot)? {
+        if !in_the_lab(&parts, program, &arguments, (snapshot, &passed))? {
             failed.push(snapshot.name());
         }
     }
@@ -143,10 +171,15 @@ fn on_this_host(parts: &Parts, program: &str, arguments: &[String]) -> Result<Ex
 }
 
 /// Answers whether the program succeeded in a machine restored from `snapshot`.
-fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snapshot) -> Result<bool> {
+fn in_the_lab(
+    parts: &Parts,
+    program: &str,
+    arguments: &[String],
+    (snapshot, passed): (Snapshot, &Passed),
+) -> Result<bool> {
     println!("\n{program} in the lab, snapshot {snapshot}");
     let name = format!("{program}-{}-{}", snapshot.name().replace('.', "-"), std::process::id());
-    let machine = Machine::restore(snapshot, &name)?;
+    let machine = passed.machine(snapshot, &name)?;
     // The directory's content is merged into the machine's root: an installation.
     machine.push(&parts.dist, "/")?;
     machine.push(&parts.images, "/root/images")?;
@@ -157,7 +190,14 @@ fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snap
         .args(["--slowness", LAB_SLOWNESS])
         .args(arguments);
     command = if program == "demo" { command.args(["--report", "/root/report"]) } else { command.arg("--emulated") };
-    let log = Log::create(&parts.report.join(format!("{program}-{snapshot}.log")))?;
+    if let Some(file) = &passed.passthrough {
+        machine.push(file, PASSTHROUGH_PROGRAM)?;
+        command = command.args(["--passthrough", PASSTHROUGH_PROGRAM]);
+        command =
+            passed.addresses().iter().fold(command, |command, address| command.args(["--device", address.as_str()]));
+    }
+    let kind = if passed.device.is_empty() { "" } else { "-devices" };
+    let log = Log::create(&parts.report.join(format!("{program}-{snapshot}{kind}.log")))?;
     let status = stream(&machine, &command, log)?;
     if program == "demo" && status == Status::Exited(0) {
         machine.pull("/root/report", &parts.report)?;
@@ -180,7 +220,7 @@ impl Alone {
     fn run(&self) -> Result<ExitCode> {
         let name = self.program.file_name().with_context(|| format!("{} names no program", self.program.display()))?;
         let name = name.to_string_lossy();
-        let succeeded = if lab::probe::probe().hardware && self.device.is_empty() {
+        let succeeded = if lab::probe::probe().hardware && self.passed.device.is_empty() {
             self.on_this_host(&name)?
         } else {
             self.with_second_chances(&name)?
@@ -223,7 +263,7 @@ impl Alone {
     fn in_the_lab(&self, name: &str, filter: &[String]) -> Result<bool> {
         fs::create_dir_all(&self.report).with_context(|| format!("Cannot create {}", self.report.display()))?;
         println!("{name} in the lab");
-        let machine = self.machine()?;
+        let machine = self.passed.machine(Snapshot::Base, &format!("program-{}", std::process::id()))?;
         machine.push(&self.program, "/root/bin/program")?;
         let mut command = lab::Command::new("/root/bin/program").args(filter.to_vec());
         if let Some(kernel) = &self.kernel {
@@ -231,10 +271,9 @@ impl Alone {
             machine.push(Path::new("/usr/bin/busybox"), "/root/bin/busybox")?;
             command = command.env(KERNEL, "/root/bin/vmlinux").env(BUSYBOX, "/root/bin/busybox");
         }
-        if let Some(passthrough) = &self.passthrough {
-            machine.push(passthrough, "/root/bin/passthrough")?;
-            let devices: Vec<_> = (0..self.device.len()).map(Hardware::address).collect();
-            command = command.env(PASSTHROUGH, "/root/bin/passthrough").env(DEVICES, devices.join(" "));
+        if let Some(passthrough) = &self.passed.passthrough {
+            machine.push(passthrough, PASSTHROUGH_PROGRAM)?;
+            command = command.env(PASSTHROUGH, PASSTHROUGH_PROGRAM).env(DEVICES, self.passed.addresses().join(" "));
         }
         if let Some(rounds) = self.rounds {
             command = command.env(ROUNDS, rounds.to_string());
@@ -242,16 +281,6 @@ impl Alone {
         let status = stream(&machine, &command, Log::create(&self.log(name))?)?;
         machine.end()?;
         Ok(status == Status::Exited(0))
-    }
-
-    /// A machine from the snapshot; one with devices is booted.
-    fn machine(&self) -> Result<Machine> {
-        let name = format!("program-{}", std::process::id());
-        if self.device.is_empty() {
-            return Ok(Machine::restore(Snapshot::Base, &name)?);
-        }
-        let hardware = self.device.iter().fold(Hardware::new(), |hardware, device| hardware.device(*device));
-        Ok(Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name)?)
     }
 }
 
