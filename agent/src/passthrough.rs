@@ -127,13 +127,13 @@ impl Places {
         let own = fs::metadata(&path).map_err(Error::io(format!("cannot look at {}", path.display())))?;
         let linux = child(spec, "linux", json!({}))?;
         let linux = linux.as_object_mut().ok_or_else(|| Error::invalid("`linux` of the spec is no object"))?;
-        let mode = device.file_mode.unwrap_or(own.mode()) & 0o777;
+        let mode = device.file_mode.unwrap_or_else(|| own.mode()) & 0o777;
         push(
             linux,
             "devices",
             json!({
                 "path": format!("/dev/{}", node.name), "type": kind, "major": node.major, "minor": node.minor,
-                "fileMode": mode, "uid": device.uid.unwrap_or(own.uid()), "gid": device.gid.unwrap_or(own.gid()),
+                "fileMode": mode, "uid": device.uid.unwrap_or_else(|| own.uid()), "gid": device.gid.unwrap_or_else(|| own.gid()),
             }),
         )?;
         let resources = child(linux, "resources", json!({}))?;
