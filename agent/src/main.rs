@@ -14,6 +14,7 @@ mod helper;
 mod hotplug;
 mod launch;
 mod logging;
+mod memory_types;
 mod mounts;
 mod network;
 mod passthrough;

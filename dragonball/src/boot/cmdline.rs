@@ -4,12 +4,12 @@ use crate::config::{ConsoleOutput, MachineConfig};
 
 /// What every guest gets. Each word saves time or memory, or makes a failure visible:
 /// - `panic=-1` restarts at once after a panic, which ends the machine;
-/// - `nomodule`, `random.trust_cpu=on`, `cryptomgr.notests`: no module loader, no wait for entropy, no self-tests;
+/// - `random.trust_cpu=on`, `cryptomgr.notests`: no wait for entropy, no self-tests;
 /// - `tsc=reliable`, `no_timer_check`: there is no second clock to check the TSC against;
 /// - `rcupdate.rcu_expedited=1`: boot waits for few grace periods;
 /// - `swiotlb=noforce`: no bounce buffers, which would take 64 MiB;
 /// - `quiet`: printing costs an exit per chunk.
-const BASE: &str = "panic=-1 nomodule random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check \
+const BASE: &str = "panic=-1 random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check \
                     rcupdate.rcu_expedited=1 swiotlb=noforce";
 /// Hot-added memory is usable at once, and for all purposes.
 const MEMORY_FIXED: &str = "memhp_default_state=online_kernel";

@@ -59,7 +59,10 @@ struct Alone {
     kernel: Option<PathBuf>,
     #[command(flatten)]
     passed: Passed,
-    /// How often devices come and go.
+    /// Run it in a machine with this much memory, in MiB.
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u32>,
+    /// How often devices, vCPUs and memory come and go.
     #[arg(long, value_name = "N")]
     rounds: Option<u32>,
     /// Run only the tests whose names contain this.
@@ -99,12 +102,13 @@ struct Passed {
 }
 
 impl Passed {
-    /// A machine from the snapshot; one with devices is booted.
-    fn machine(&self, snapshot: Snapshot, name: &str) -> Result<Machine> {
-        if self.device.is_empty() {
+    /// A machine from the snapshot; one with devices or with another memory (in MiB) is booted.
+    fn machine(&self, snapshot: Snapshot, memory: Option<u32>, name: &str) -> Result<Machine> {
+        if self.device.is_empty() && memory.is_none() {
             return Ok(Machine::restore(snapshot, name)?);
         }
         let hardware = self.device.iter().fold(Hardware::new(), |hardware, device| hardware.device(*device));
+        let hardware = memory.into_iter().fold(hardware, Hardware::memory);
         Ok(Machine::boot(&hardware, snapshot, &Setup::new(), name)?)
     }
 
@@ -179,7 +183,7 @@ fn in_the_lab(
 ) -> Result<bool> {
     println!("\n{program} in the lab, snapshot {snapshot}");
     let name = format!("{program}-{}-{}", snapshot.name().replace('.', "-"), std::process::id());
-    let machine = passed.machine(snapshot, &name)?;
+    let machine = passed.machine(snapshot, None, &name)?;
     // The directory's content is merged into the machine's root: an installation.
     machine.push(&parts.dist, "/")?;
     machine.push(&parts.images, "/root/images")?;
@@ -256,14 +260,16 @@ impl Alone {
             println!("{name} ran on this host's own KVM, with the unit tests");
             return Ok(true);
         };
-        let status = Command::new(&self.program).args(&self.filter).env(KERNEL, kernel).status();
+        let mut command = Command::new(&self.program);
+        command.args(&self.filter).env(KERNEL, kernel).envs(self.rounds.map(|rounds| (ROUNDS, rounds.to_string())));
+        let status = command.status();
         Ok(status.with_context(|| format!("Cannot run {}", self.program.display()))?.success())
     }
 
     fn in_the_lab(&self, name: &str, filter: &[String]) -> Result<bool> {
         fs::create_dir_all(&self.report).with_context(|| format!("Cannot create {}", self.report.display()))?;
         println!("{name} in the lab");
-        let machine = self.passed.machine(Snapshot::Base, &format!("program-{}", std::process::id()))?;
+        let machine = self.passed.machine(Snapshot::Base, self.memory, &format!("program-{}", std::process::id()))?;
         machine.push(&self.program, "/root/bin/program")?;
         let mut command = lab::Command::new("/root/bin/program").args(filter.to_vec());
         if let Some(kernel) = &self.kernel {

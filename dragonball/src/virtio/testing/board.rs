@@ -136,7 +136,7 @@ impl Board {
                 self.present.remove(&id);
             }
             Some(Told::CpuReport { id, .. }) => assert!(self.present.contains(&id), "vCPU {id} is not there"),
-            Some(Told::PciEjected(slots)) => assert!(slots != 0, "nothing was ejected"),
+            Some(Told::PciEjected(slots) | Told::PciSettled(slots)) => assert!(slots != 0, "it was told of no slot"),
             None => {}
         }
     }
