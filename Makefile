@@ -105,8 +105,10 @@ test-vfio: build passthrough ## Devices of the host in guests, in lab machines w
 	$(MAKE) memory-types
 
 # The short form of it.
-vfio-guests: build passthrough
+vfio-guests: dist images passthrough
 	$(call run-vfio,target/kernel,--rounds 2)
+	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/vfio --filter devices: \
+	    --passthrough $(PASSTHROUGH) --device edu --device gpu:1G
 
 # The guests' kernel has no debugfs; the lab's own shows which memory types page tables have, a GPU's video memory included.
 memory-types: build passthrough ## Memory types in Linux guests, by a kernel that shows those of its page tables
