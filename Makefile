@@ -101,7 +101,7 @@ test-vfio: build passthrough ## Devices of the host in guests, in lab machines w
 	cargo test --locked --profile $(PROFILE) -p vfio-check --test machine -- --include-ignored --test-threads 1
 	$(OUT)/kernel-config build --profile gpu --output $(GPU_KERNEL)
 	$(call run-vfio,$(GPU_KERNEL),--device nvme $(GPU_MODULES) --rounds 50)
-	$(call run-vfio,$(GPU_KERNEL),--device nvme $(GPU_MODULES) --rounds 50 --machine-kernel iommufd)
+	$(call run-vfio,$(GPU_KERNEL),$(GPU_MODULES) --rounds 50 --machine-kernel iommufd)
 	$(MAKE) memory-types
 
 # The short form of it.
