@@ -14,11 +14,11 @@ FUZZ_SECONDS ?= 60
 PACKAGES := acpica-tools bc bison build-essential busybox-static cpio e2fsprogs erofs-utils flex libelf-dev \
             libseccomp-dev libssl-dev mmdebstrap python3 rsync xz-utils zstd
 
-.PHONY: help deps build dist images run test lint deny unit guests test-vfio vfio-guests passthrough suites bench fuzz install clean
+.PHONY: help deps build dist images run test lint deny unit guests growth memory-types test-vfio vfio-guests passthrough suites bench fuzz install clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 deps: ## Install the Debian packages that the build needs (root)
 	@missing=$$(dpkg-query -W -f '$${Package} $${Status}\n' $(PACKAGES) 2>/dev/null | awk '/ installed$$/{print $$1}' \
@@ -84,6 +84,7 @@ test-vfio: ## Devices of the host in guests, in a lab machine with an IOMMU, a G
 	cargo test --locked --profile $(PROFILE) -p gpu-model
 	cargo test --locked --profile $(PROFILE) -p vfio-check --test machine -- --include-ignored --test-threads 1
 	$(MAKE) vfio-guests VFIO_ROUNDS=50
+	$(MAKE) memory-types
 
 # How often the devices come and go.
 VFIO_ROUNDS ?= 5
@@ -94,6 +95,25 @@ vfio-guests: build passthrough
 	$(OUT)/run-suites program "$$program" --report target/vfio --filter passthrough --kernel target/kernel/vmlinux \
 	    --passthrough $(PASSTHROUGH) --rounds $(VFIO_ROUNDS) --device edu --device gpu:1G
 
+# The guests' kernel has no debugfs; the lab's own shows which memory types page tables have, a GPU's video memory included.
+memory-types: build passthrough ## Memory types in Linux guests, by a kernel that shows those of its page tables
+	$(OUT)/kernel-config build --profile lab --output target/kernel-lab
+	@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
+	    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
+	$(OUT)/run-suites program "$$program" --report target/memory-types --filter memory_types \
+	    --kernel target/kernel-lab/vmlinux && \
+	$(OUT)/run-suites program "$$program" --report target/memory-types --filter passthrough \
+	    --kernel target/kernel-lab/vmlinux --passthrough $(PASSTHROUGH) --rounds 2 --device gpu:1G
+
+# A machine that grows and shrinks while it works, as often as is promised; `guests` does it twice.
+GROWTH_ROUNDS ?= 20
+
+growth: build ## Resize a Linux guest under load, GROWTH_ROUNDS times, in a lab machine with 6 GiB
+	@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
+	    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
+	$(OUT)/run-suites program "$$program" --report target/growth --filter growth --kernel target/kernel/vmlinux \
+	    --memory 6144 --rounds $(GROWTH_ROUNDS)
+
 suites: dist images guests ## Small guests, and end-to-end suites against containerd 1.7 and 2.1
 	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/suites
 
@@ -101,12 +121,14 @@ bench: ## Measure what the project promises; report in target/bench
 	$(MAKE) dist images PROFILE=release DIST=$(CURDIR)/target/dist-release
 	cargo run --locked --profile release -p benches -- --dist target/dist-release --images $(IMAGES) --output target/bench
 
-fuzz: deps ## Fuzz the parsers that face the guest, FUZZ_SECONDS each (nightly Rust)
+# `unit` does a short run of each target, on stable Rust: see dragonball/src/virtio/testing/targets.rs.
+fuzz: deps ## Fuzz what faces the guest, FUZZ_SECONDS each (nightly Rust)
 	@cargo +nightly --version > /dev/null 2>&1 || rustup toolchain install --profile minimal nightly
 	@cargo fuzz --version > /dev/null 2>&1 || cargo install --locked cargo-fuzz
 	@for target in $$(cd dragonball && cargo +nightly fuzz list); do \
 	    echo "fuzz $$target"; \
-	    (cd dragonball && cargo +nightly fuzz run $$target -- -max_total_time=$(FUZZ_SECONDS)) || exit 1; \
+	    (cd dragonball && mkdir -p fuzz/corpus/$$target && \
+	        cargo +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- -max_total_time=$(FUZZ_SECONDS)) || exit 1; \
 	done
 
 # Running pods have the old kernel and image mapped: files are replaced, never written into.

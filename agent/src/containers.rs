@@ -1,5 +1,6 @@
 //! What requests do with containers: create, start, exec, signal, pause, update, delete.
 
+use std::borrow::Cow;
 use std::fs;
 use std::io::Write;
 use std::os::fd::{AsFd, AsRawFd};
@@ -22,6 +23,7 @@ use crate::events;
 use crate::guest::{Container, Guest, check_id};
 use crate::helper::{Request, Stage, state_root};
 use crate::launch::Launched;
+use crate::passthrough;
 use crate::process::{Phase, Process, StdioFields};
 use crate::reaper::Exit;
 use crate::stdio::{ProcessEnds, StdioRequest};
@@ -79,7 +81,11 @@ impl Guest {
             mounts.add_rootfs(&request.rootfs, &rootfs)?;
         }
         let spec = container.bundle.join("spec.json");
-        fs::write(&spec, &options.spec).map_err(Error::io(format!("cannot write {}", spec.display())))?;
+        let content = match &options.devices[..] {
+            [] => Cow::Borrowed(&options.spec),
+            devices => Cow::Owned(passthrough::admit(&options.spec, devices).await?),
+        };
+        fs::write(&spec, &*content).map_err(Error::io(format!("cannot write {}", spec.display())))?;
         let rootfs = (!request.rootfs.is_empty()).then_some(rootfs);
         let (id, bundle) = (container.id.clone(), container.bundle.clone());
         self.launch(&container.init, "create", |stdio| Request::Create { id, bundle, rootfs, stdio }).await

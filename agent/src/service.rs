@@ -16,7 +16,8 @@ use protobuf::well_known_types::empty::Empty;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 use protocols::agent::{
-    Event, NextEventRequest, OnlineCpuMemRequest, OnlineCpuMemResponse, SetupRequest, SetupResponse,
+    Event, MemoryTypesRequest, MemoryTypesResponse, NextEventRequest, OnlineCpuMemRequest, OnlineCpuMemResponse,
+    SetupRequest, SetupResponse,
 };
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::containerd::api::{
@@ -33,6 +34,7 @@ use ttrpc::r#async::{Service, TtrpcContext};
 use crate::error::{Error, Result};
 use crate::guest::Guest;
 use crate::hotplug;
+use crate::memory_types;
 use crate::process::Phase;
 use crate::reaper::Exit;
 use crate::stats;
@@ -145,6 +147,10 @@ impl AgentService for Handle {
 
     async fn next_event(&self, _: &TtrpcContext, _: NextEventRequest) -> ttrpc::Result<Event> {
         self.wait(async |guest| Ok(guest.events.next().await)).await
+    }
+
+    async fn memory_types(&self, _: &TtrpcContext, request: MemoryTypesRequest) -> ttrpc::Result<MemoryTypesResponse> {
+        self.now(move |_| memory_types::collect(request.mtrr_default_type)).await
     }
 }
 

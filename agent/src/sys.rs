@@ -1,5 +1,6 @@
 //! System calls that no library wraps for this agent: all of its `unsafe` lives here and in [`crate::devices`].
 
+use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
@@ -50,6 +51,29 @@ pub(crate) fn reset_signals() {
         let how = libc::SIG_SETMASK;
         libc::syscall(libc::SYS_rt_sigprocmask, how, DEFAULT.as_ptr(), std::ptr::null::<u64>(), SET_SIZE);
     }
+}
+
+/// Mounts a file system where nobody sees it: it is in no namespace, and goes with the descriptor of its root.
+pub(crate) fn mount_detached(fstype: &CStr) -> io::Result<OwnedFd> {
+    const FSOPEN_CLOEXEC: i32 = 1;
+    const FSCONFIG_CMD_CREATE: i32 = 6;
+    const FSMOUNT_CLOEXEC: i32 = 1;
+    /// MOUNT_ATTR_RDONLY, _NOSUID, _NODEV and _NOEXEC (linux/mount.h).
+    const ATTRIBUTES: i32 = 1 | 2 | 4 | 8;
+    let descriptor = |result: libc::c_long| -> io::Result<OwnedFd> {
+        let fd = RawFd::try_from(Errno::result(result)?).map_err(io::Error::other)?;
+        // SAFETY: the kernel has just made it, and nobody else knows it.
+        Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+    };
+    // SAFETY: the kernel reads the name, which ends with a zero.
+    let context = descriptor(unsafe { libc::syscall(libc::SYS_fsopen, fstype.as_ptr(), FSOPEN_CLOEXEC) })?;
+    let null = std::ptr::null::<u8>();
+    // SAFETY: this command takes no key and no value.
+    Errno::result(unsafe {
+        libc::syscall(libc::SYS_fsconfig, context.as_raw_fd(), FSCONFIG_CMD_CREATE, null, null, 0)
+    })?;
+    // SAFETY: takes integers.
+    descriptor(unsafe { libc::syscall(libc::SYS_fsmount, context.as_raw_fd(), FSMOUNT_CLOEXEC, ATTRIBUTES) })
 }
 
 /// Has the event loop watch a descriptor, which must not block.

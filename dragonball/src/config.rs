@@ -464,6 +464,11 @@ impl MachineConfig {
         self.device_count() > 0
     }
 
+    /// Whether devices of the host may ever be in it.
+    pub(crate) fn may_have_host_devices(&self) -> bool {
+        self.hot_plug || !self.vfio.is_empty()
+    }
+
     /// The most vCPUs that the machine may ever have.
     pub(crate) fn vcpus_max(&self) -> u8 {
         self.vcpus_max.unwrap_or(self.vcpus)

@@ -6,6 +6,7 @@ use std::sync::mpsc::{self, Receiver, Sender};
 
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::machine::Retired;
 use crate::manage::Change;
 use crate::platform::hotplug::Told;
 use crate::vcpu::mtrr::VcpuMemoryTypes;
@@ -28,6 +29,8 @@ pub(crate) enum Request {
     },
     /// The guest has found a device of the host.
     Found(DeviceNumber),
+    /// Devices of the host have been retired.
+    Retired(Retired),
     /// The machine shall change.
     Change(Change),
     /// The guest told something by its hot-plug registers.

@@ -189,6 +189,24 @@ pub struct DeviceInfo {
     pub ranges: Vec<RangeInfo>,
     /// The interrupt routes it uses.
     pub interrupts: Vec<u32>,
+    /// How long it took to come, for a device of the host that was added to the running machine.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub times: Option<AttachTimes>,
+}
+
+/// How long the steps took in which a device of the host came to a running machine, each in microseconds.
+#[derive(Clone, Copy, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
+pub struct AttachTimes {
+    /// Opening its group.
+    pub open: u64,
+    /// Mapping all guest memory into the IOMMU; 0 where another device of the host was there before.
+    pub dma_map: u64,
+    /// Resetting its devices and mapping their memory.
+    pub bar_map: u64,
+    /// From the announcement until the guest touched it.
+    pub announce: u64,
+    /// From then on until the guest had set it up, with a driver if it has one.
+    pub driver: u64,
 }
 
 /// What a machine consists of now.

@@ -1,6 +1,7 @@
 //! Threads of the machine.
 
 use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{Builder, JoinHandle};
 
 /// Their stack: plenty for what they do; only what is touched costs memory.
@@ -20,6 +21,28 @@ pub(crate) fn spawn<T: Send + 'static>(
     // SAFETY: `before` is a signal set that the kernel filled.
     unsafe { libc::pthread_sigmask(libc::SIG_SETMASK, &raw const before, std::ptr::null_mut()) };
     thread
+}
+
+/// Does something that may take long on a thread of its own; here and now where the host has no thread left.
+pub(crate) fn aside(name: &str, body: impl FnOnce() + Send + 'static) -> Option<JoinHandle<()>> {
+    let body = Arc::new(Mutex::new(Some(body)));
+    let take = |body: &Mutex<Option<_>>| body.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let theirs = Arc::clone(&body);
+    let run = move || {
+        if let Some(body) = take(&theirs) {
+            body();
+        }
+    };
+    match spawn(name, run) {
+        Ok(thread) => Some(thread),
+        Err(error) => {
+            tracing::warn!(%error, name, "no thread can be started");
+            if let Some(body) = take(&body) {
+                body();
+            }
+            None
+        }
+    }
 }
 
 /// How many descriptors a machine with many devices uses, and the power of two that the kernel rounds it to.

@@ -77,6 +77,9 @@ enum Subcommands {
         /// Boot with an IOMMU and this kernel: debian (VFIO groups) or iommufd (also IOMMUFD and /dev/vfio/devices)
         #[arg(long)]
         kernel: Option<Kernel>,
+        /// Boot with this much memory, in MiB (a snapshot has 4096)
+        #[arg(long, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1024..=1_048_576))]
+        memory: Option<u32>,
     },
     /// Run a command in a machine; its exit status becomes this one's
     Run(Run),
@@ -170,13 +173,15 @@ pub(crate) fn execute(arguments: Arguments) -> anyhow::Result<ExitCode> {
                 lab::make(snapshot)?;
             }
         }
-        Subcommands::Up { name, snapshot, files, scripts, devices, kernel } => {
+        Subcommands::Up { name, snapshot, files, scripts, devices, kernel, memory } => {
             let setup = setup(&files, scripts)?;
-            drop(if devices.is_empty() && kernel.is_none() {
+            drop(if devices.is_empty() && kernel.is_none() && memory.is_none() {
                 Machine::restore_kept(snapshot, &setup, &name)?
             } else {
                 let hardware = devices.into_iter().fold(Hardware::new(), Hardware::device);
-                Machine::boot_kept(&hardware.kernel(kernel.unwrap_or_default()), snapshot, &setup, &name)?
+                let hardware = hardware.kernel(kernel.unwrap_or_default());
+                let hardware = memory.into_iter().fold(hardware, Hardware::memory);
+                Machine::boot_kept(&hardware, snapshot, &setup, &name)?
             });
         }
         Subcommands::Run(run) => return run_command(run),

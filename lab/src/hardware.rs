@@ -96,11 +96,12 @@ impl FromStr for Kernel {
     }
 }
 
-/// Devices behind an IOMMU, and the kernel that drives them.
+/// Devices behind an IOMMU, the kernel that drives them, and how much memory there is.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Hardware {
     devices: Vec<Device>,
     kernel: Kernel,
+    memory: Option<u32>,
 }
 
 impl Hardware {
@@ -122,6 +123,19 @@ impl Hardware {
     pub fn kernel(mut self, kernel: Kernel) -> Self {
         self.kernel = kernel;
         self
+    }
+
+    /// Chooses how much memory there is, in MiB; what the snapshot has where it is not chosen.
+    #[must_use]
+    pub fn memory(mut self, mebibytes: u32) -> Self {
+        self.memory = Some(mebibytes);
+        self
+    }
+
+    /// The memory in MiB, where it was chosen.
+    #[must_use]
+    pub fn chosen_memory(&self) -> Option<u32> {
+        self.memory
     }
 
     /// All devices.

@@ -122,7 +122,7 @@ pub(crate) fn update_pin(cache: &Cache) -> Result<(), Error> {
 
 fn key(snapshot: Snapshot, materials: &Materials) -> Key {
     let nowhere = Path::new("");
-    let parts = parts(materials, nowhere, nowhere);
+    let parts = parts(materials, snapshot, nowhere, nowhere);
     let ports: Vec<_> = (0..10).take(PORTS).collect();
     let line = arguments(snapshot, &parts, Start::Restore, 0, &ports);
     let line: Vec<_> = line.iter().map(|word| word.to_string_lossy()).collect();
@@ -134,12 +134,13 @@ fn key(snapshot: Snapshot, materials: &Materials) -> Key {
 }
 
 /// The parts of a machine whose memory and disk are in `files` and whose console goes to `console`.
-fn parts(materials: &Materials, files: &Path, console: &Path) -> Parts {
+fn parts(materials: &Materials, snapshot: Snapshot, files: &Path, console: &Path) -> Parts {
     Parts {
         firmware: materials.tools.firmware(),
         kernel: materials.system.kernel(),
         initrd: materials.initrd.path(),
         memory: files.join(MEMORY),
+        fresh_memory: snapshot.memory(),
         disk: files.join(DISK),
         console: console.to_owned(),
         hardware: Vec::new(),
@@ -159,7 +160,7 @@ impl Prepared {
 
     /// A machine of this snapshot's files.
     pub(crate) fn plan(&self, snapshot: Snapshot, run_dir: &RunDir, start: Start, end: End) -> Plan {
-        let parts = parts(&self.materials, &self.dir, &run_dir.console());
+        let parts = parts(&self.materials, snapshot, &self.dir, &run_dir.console());
         Plan { tools: self.materials.tools.clone(), snapshot, parts, start, end }
     }
 
@@ -174,6 +175,7 @@ impl Prepared {
         hardware.check()?;
         let mut plan = self.plan(snapshot, run_dir, Start::Fresh, end);
         plan.parts.hardware = hardware::options(hardware, run_dir);
+        plan.parts.fresh_memory = hardware.chosen_memory().unwrap_or_else(|| snapshot.memory());
         let cache = Cache::open()?;
         if hardware.chosen_kernel() == Kernel::Iommufd {
             plan.parts.kernel = own_kernel(&cache)?;

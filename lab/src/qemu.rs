@@ -33,6 +33,8 @@ pub(crate) struct Parts {
     pub(crate) initrd: PathBuf,
     /// The file that is the machine's memory.
     pub(crate) memory: PathBuf,
+    /// How much memory a machine that boots afresh has, in MiB; others have what their snapshot has.
+    pub(crate) fresh_memory: u32,
     /// The qcow2 disk.
     pub(crate) disk: PathBuf,
     /// The file that gets what the machine writes to its serial console.
@@ -112,10 +114,10 @@ fn add_machine(line: &mut Line, snapshot: Snapshot, parts: &Parts, start: Start)
     // Large BARs need more than the 40 address bits that a CPU has here otherwise.
     line.add("-cpu", if parts.hardware.is_empty() { "max,la57=off" } else { "max,la57=off,phys-bits=46" });
     line.add("-smp", snapshot.cpus().to_string());
-    line.add("-m", snapshot.memory().to_string());
+    let size = if start == Start::Fresh { parts.fresh_memory } else { snapshot.memory() };
+    line.add("-m", size.to_string());
     // A restored machine's pages are its own copies of the file's.
     let share = if start == Start::Restore { "off" } else { "on" };
-    let size = snapshot.memory();
     if start == Start::Fresh {
         // Shared, so that models of devices reach it.
         line.add("-object", format!("memory-backend-memfd,id=ram,size={size}M,share=on"));
@@ -229,6 +231,7 @@ mod tests {
             kernel: "/kernel".into(),
             initrd: "/initrd".into(),
             memory: "/memory".into(),
+            fresh_memory: 6144,
             disk: "/a,b/disk".into(),
             console: "/console".into(),
             hardware,
@@ -264,7 +267,7 @@ mod tests {
     #[test]
     fn a_fresh_machine_boots_with_shared_memory_and_leaves_its_files_alone() {
         let line = line(Snapshot::Base, Start::Fresh);
-        assert!(line.contains("memory-backend-memfd,id=ram,size=4096M,share=on"), "{line}");
+        assert!(line.contains("memory-backend-memfd,id=ram,size=6144M,share=on"), "{line}");
         assert!(!line.contains("/memory"), "{line}");
         assert!(line.contains("snapshot=on"), "{line}");
         assert!(!line.contains("-incoming"), "{line}");

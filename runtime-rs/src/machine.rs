@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use config::Config;
 use dragonball::manage::Manager;
-use dragonball::{ConsoleOutput, FsConfig, MachineConfig, PmemConfig, VsockConfig};
+use dragonball::{ConsoleOutput, DeviceConfig, FsConfig, MachineConfig, PmemConfig, VfioConfig, VsockConfig};
 
 use crate::sizing::Range;
 
@@ -55,6 +55,39 @@ pub trait Hardware: Send + Sync {
     ///
     /// [`ChangeError`].
     fn resize_memory(&self, bytes: u64, deadline: Duration) -> Result<u64, ChangeError>;
+    /// Gives a device of the host to the guest; answers its address on the guest's PCI bus.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError`]; the guest does not have it then.
+    fn add_device(&self, path: &Path, deadline: Duration) -> Result<String, ChangeError>;
+    /// Takes a device back that was given by [`Self::add_device`].
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError`]; the guest goes on having it then.
+    fn remove_device(&self, path: &Path, deadline: Duration) -> Result<(), ChangeError>;
+    /// The addresses, on the guest's PCI bus, of the devices of the host that the machine was started with, in their order.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Ended`].
+    fn first_devices(&self) -> Result<Vec<String>, ChangeError>;
+}
+
+/// What the configuration, the annotations, the limits and the devices of a sandbox decide.
+#[derive(Debug, Clone)]
+pub struct Blueprint {
+    /// The configuration with the annotations applied.
+    pub config: Config,
+    /// The machine's size.
+    pub size: Range,
+    /// Devices of the host that the machine starts with.
+    pub devices: Vec<PathBuf>,
+    /// Whether more of them may come.
+    pub devices_can_come: bool,
+    /// The guest's host name.
+    pub hostname: String,
 }
 
 /// What a sandbox's machine consists of.
@@ -68,6 +101,10 @@ pub struct Plan {
     pub cmdline: String,
     /// vCPUs and memory.
     pub size: Range,
+    /// Devices of the host, by their files of VFIO.
+    pub devices: Vec<PathBuf>,
+    /// Whether devices of the host can come later.
+    pub devices_can_come: bool,
     /// Directory that the containers share with the host.
     pub shared: PathBuf,
     /// Unix socket of the vsock device.
@@ -96,9 +133,10 @@ pub enum LaunchError {
 }
 
 impl Plan {
-    /// The machine of a sandbox whose size, sockets and shared directory are given.
+    /// The machine of a sandbox whose sockets and shared directory are given.
     #[must_use]
-    pub fn new(config: &Config, size: Range, vsock: &Path, shared: &Path, debug_console: Option<PathBuf>) -> Self {
+    pub fn new(blueprint: &Blueprint, vsock: &Path, shared: &Path, debug_console: Option<PathBuf>) -> Self {
+        let config = &blueprint.config;
         let hypervisor = &config.hypervisor;
         let mut cmdline =
             String::from("root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/kata-agent");
@@ -113,7 +151,9 @@ impl Plan {
             kernel: hypervisor.kernel.clone(),
             image: hypervisor.image.clone(),
             cmdline,
-            size,
+            size: blueprint.size,
+            devices: blueprint.devices.clone(),
+            devices_can_come: blueprint.devices_can_come,
             shared: shared.to_owned(),
             vsock: vsock.to_owned(),
             debug_console,
@@ -133,7 +173,8 @@ impl Launcher for Dragonball {
         let Range { boot, max, .. } = plan.size;
         config.vcpus = boot.vcpus;
         config.vcpus_max = Some(max.vcpus);
-        config.hot_plug = plan.size.vcpus_can_come();
+        config.hot_plug = plan.size.vcpus_can_come() || plan.devices_can_come;
+        config.vfio = plan.devices.iter().map(|path| vfio(path)).collect();
         config.memory = boot.memory;
         config.memory_max = Some(max.memory);
         config.pmem = vec![PmemConfig { path: plan.image.clone(), read_only: true }];
@@ -150,6 +191,10 @@ impl Launcher for Dragonball {
             Err(error) => Err(LaunchError::Start(error)),
         }
     }
+}
+
+fn vfio(path: &Path) -> VfioConfig {
+    VfioConfig { path: path.to_owned(), clique: None, peer_to_peer: false }
 }
 
 impl Machine for dragonball::Vm {
@@ -178,6 +223,9 @@ impl Machine for dragonball::Vm {
     }
 }
 
+/// What dragonball calls devices of the host, and their names begin with where nobody named them.
+const VFIO_KIND: &str = "vfio";
+
 impl Hardware for Manager {
     fn resize_vcpus(&self, count: u8, deadline: Duration) -> Result<u8, ChangeError> {
         Self::resize_vcpus(self, count, deadline).map(|count| count.present)
@@ -185,6 +233,22 @@ impl Hardware for Manager {
 
     fn resize_memory(&self, bytes: u64, deadline: Duration) -> Result<u64, ChangeError> {
         Self::resize_memory(self, bytes, deadline).map(|size| size.present)
+    }
+
+    fn add_device(&self, path: &Path, deadline: Duration) -> Result<String, ChangeError> {
+        let config = DeviceConfig::Vfio(vfio(path));
+        Self::add_device(self, Some(path.display().to_string()), &config, deadline).map(|info| info.address)
+    }
+
+    fn remove_device(&self, path: &Path, deadline: Duration) -> Result<(), ChangeError> {
+        Self::remove_device(self, &path.display().to_string(), deadline)
+    }
+
+    fn first_devices(&self) -> Result<Vec<String>, ChangeError> {
+        let devices = self.info()?.devices;
+        // By their slots, which they got in the order of the configuration.
+        let ours = devices.into_iter().filter(|device| device.kind == VFIO_KIND && device.name.starts_with(VFIO_KIND));
+        Ok(ours.map(|device| device.address).collect())
     }
 }
 

@@ -211,7 +211,8 @@ impl Range {
     }
 
     /// The size for these limits. A machine that may have all that the host has gets no more than that, as a container of
-    /// another runtime does not.
+    /// another runtime does; and one that was made without room, because no limits were announced, takes limits that it
+    /// satisfies as it is.
     ///
     /// # Errors
     ///
@@ -221,16 +222,18 @@ impl Range {
             return Ok(self.boot);
         }
         let Self { boot, max, host, .. } = *self;
-        let needed = u64::from(boot.vcpus).saturating_add(limits.cpu.div_ceil(MILLION));
+        let cpus = limits.cpu.div_ceil(MILLION);
+        let needed = u64::from(boot.vcpus).saturating_add(cpus);
+        let is_enough = |has_room: bool, limit: u64, max: u64, host: u64| max >= host || (!has_room && limit <= max);
         let vcpus = match u8::try_from(needed) {
             Ok(vcpus) if vcpus <= max.vcpus => vcpus,
-            _ if max.vcpus >= host.cpus => max.vcpus,
+            _ if is_enough(max.vcpus > boot.vcpus, cpus, max.vcpus.into(), host.cpus.into()) => max.vcpus,
             _ => return Err(SizeError::Vcpus { needed, default: boot.vcpus, max: max.vcpus }),
         };
         let needed = boot.memory.saturating_add(limits.memory);
         let memory = match needed.checked_next_multiple_of(MEMORY_GRANULE) {
             Some(memory) if memory <= max.memory => memory,
-            _ if max.memory >= host.memory => max.memory,
+            _ if is_enough(max.memory > boot.memory, limits.memory, max.memory, host.memory) => max.memory,
             _ => return Err(SizeError::Memory { needed, default: boot.memory, max: max.memory }),
         };
         Ok(Size { vcpus, memory })

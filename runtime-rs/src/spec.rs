@@ -4,6 +4,8 @@
 //! something else than it asked for. The specification stays JSON all the way, so that a field that is newer than this
 //! runtime reaches the agent untouched.
 
+mod devices;
+
 use std::collections::HashMap;
 use std::io::Read;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
@@ -13,6 +15,8 @@ use protocols::{BUNDLES_DIR, MAX_SPEC, SHARED_DIR};
 use serde_json::{Map, Value, json};
 
 use crate::sizing::Demand;
+
+pub use devices::Passed;
 
 /// Why a container cannot be made from this specification.
 #[derive(Debug, thiserror::Error)]
@@ -27,8 +31,8 @@ pub enum SpecError {
     },
     /// A device that does not exist in the guest.
     #[error(
-        "device {path} ({kind} {major}:{minor}): the virtual machine has no such device; remove it from the container, or \
-         set `privileged_without_host_devices = true` for this runtime in containerd if the container is privileged"
+        "device {path} ({kind} {major}:{minor}): the virtual machine has no such device; remove it from the container, \
+         give it as a whole by /dev/vfio/<group> if it is a PCI device, or set `privileged_without_host_devices = true` for this runtime in containerd if the container is privileged"
     )]
     Device {
         /// Path in the container.
@@ -178,6 +182,12 @@ impl Spec {
         self.bundle.join(path.unwrap_or("rootfs"))
     }
 
+    /// The devices of the host that go to its guest.
+    #[must_use]
+    pub fn devices(&self) -> Vec<Passed> {
+        self.fields.get("linux").and_then(Value::as_object).map(devices::passed).unwrap_or_default()
+    }
+
     /// Rewrites the specification for container `id` in the guest.
     ///
     /// # Errors
@@ -235,9 +245,7 @@ fn rewrite_linux(linux: &mut Map<String, Value>, id: &str) -> Result<(), SpecErr
         seccomp.remove("listenerPath");
         seccomp.remove("listenerMetadata");
     }
-    for device in linux.get("devices").and_then(Value::as_array).into_iter().flatten() {
-        check_device(device)?;
-    }
+    devices::rewrite(linux)?;
     if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
         keep_guest_resources(resources);
     }
@@ -292,17 +300,6 @@ const GUEST_DEVICES: [(&str, i64, i64); 10] = [
 
 fn in_guest(major: i64, minor: i64) -> Option<&'static str> {
     GUEST_DEVICES.iter().find(|(_, a, b)| (*a, *b) == (major, minor)).map(|(path, _, _)| *path)
-}
-
-fn check_device(device: &Value) -> Result<(), SpecError> {
-    let text = |key| device.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-    let number = |key| device.get(key).and_then(Value::as_i64).unwrap_or_default();
-    let (kind, major, minor) = (text("type"), number("major"), number("minor"));
-    // A FIFO is made, not opened: it needs no driver.
-    if kind == "p" || (matches!(kind.as_str(), "c" | "u") && in_guest(major, minor).is_some()) {
-        return Ok(());
-    }
-    Err(SpecError::Device { path: text("path"), kind, major, minor })
 }
 
 fn rewrite_mounts(fields: &mut Map<String, Value>, id: &str) -> Result<Vec<Bind>, SpecError> {

@@ -19,3 +19,4 @@ pub mod process;
 pub mod pty;
 pub mod second_chance;
 pub mod stack;
+pub mod task_api;

@@ -221,6 +221,11 @@ impl Host {
         texts.into()
     }
 
+    /// The mounts that the agent sees.
+    pub(crate) fn agent_mounts(&self) -> String {
+        std::fs::read_to_string(format!("/proc/{}/mounts", self.agent_pid)).expect("mounts")
+    }
+
     /// The path of a file as the agent sees it.
     pub(crate) fn agent_path(&self, path: &str) -> PathBuf {
         PathBuf::from(format!("/proc/{}/root{path}", self.agent_pid()))

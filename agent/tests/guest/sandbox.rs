@@ -3,7 +3,7 @@
 use std::os::unix::process::ExitStatusExt;
 
 use protobuf::Message;
-use protocols::agent::{Dns, Interface, NextEventRequest, Route, SetupRequest};
+use protocols::agent::{Dns, Interface, MemoryType, MemoryTypesRequest, NextEventRequest, Route, SetupRequest};
 use protocols::containerd::api::{ShutdownRequest, StatsRequest};
 use protocols::containerd::cgroups_v2::metrics::Metrics;
 use serde_json::json;
@@ -53,6 +53,24 @@ async fn setup_names_the_guest_resolves_mounts_and_tells_its_timeline() {
     spec["hostname"] = "ignored: the name is the sandbox's".into();
     spec["linux"]["sysctl"] = json!({"net.ipv4.ip_nonlocal_bind": "1"});
     assert_eq!(host.run(&unique("names"), &spec).await, (0, "pod-name\n1\n1\n".into(), String::new()));
+}
+
+#[tokio::test]
+async fn the_guest_says_which_memory_types_it_has() {
+    if !privileged() {
+        return;
+    }
+    let host = Host::start().await;
+    let request = MemoryTypesRequest { mtrr_default_type: Some(0x806), ..Default::default() };
+    let answer = within(host.agent.memory_types(context(), &request)).await.expect("memory types");
+    let ram: Vec<_> = answer.ranges.iter().filter(|range| range.what == "RAM").collect();
+    let total: u64 = ram.iter().map(|range| range.length).sum();
+    assert!(total > 64 << 20, "{total} bytes of RAM");
+    assert!(ram.iter().any(|range| range.effective == MemoryType::WRITE_BACK.into()), "{ram:?}");
+    assert!(answer.ranges.is_sorted_by_key(|range| range.start));
+    let own = std::fs::read_to_string("/proc/self/mounts").expect("mounts");
+    let count = |text: &str| text.matches(" debugfs ").count();
+    assert!(count(&host.agent_mounts()) <= count(&own), "what the agent mounts for the moment stays nowhere");
 }
 
 #[tokio::test]

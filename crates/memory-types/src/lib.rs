@@ -10,6 +10,6 @@ mod runs;
 mod variable;
 
 pub use memory_type::{MemoryType, effective};
-pub use registers::{InvalidRegister, MTRR_REGISTERS, Mtrrs};
+pub use registers::{InvalidRegister, MTRR_REGISTERS, Mtrrs, overlap};
 pub use runs::{RUN_STEPS_MAX, Run};
 pub use variable::{VARIABLE_RANGES, VariableRange};

@@ -159,7 +159,8 @@ impl Mtrrs {
 /// What comes of overlapping variable ranges (SDM vol. 3A, §12.11.4.1): uncached wins, write-through wins over
 /// write-back, equal ones agree. Other mixtures are undefined, and reserved types too: both count as uncached here, as
 /// the one answer that no caller can come to harm by. Nothing when there are no ranges.
-pub(crate) fn overlap(types: impl Iterator<Item = Option<MemoryType>>) -> Option<MemoryType> {
+#[must_use]
+pub fn overlap(types: impl Iterator<Item = Option<MemoryType>>) -> Option<MemoryType> {
     use MemoryType::{Uncached, WriteBack, WriteThrough};
     types.map(|kind| kind.unwrap_or(Uncached)).reduce(|one, other| match (one, other) {
         (one, other) if one == other => one,

@@ -3,7 +3,7 @@
 
 use std::sync::Once;
 
-use dragonball::virtio::testing::scenes;
+use dragonball::virtio::testing::targets::drive;
 use libfuzzer_sys::fuzz_target;
 use nix::sys::resource::{Resource, setrlimit};
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -18,5 +18,5 @@ fuzz_target!(|bytes: &[u8]| {
         // SAFETY: ignoring a signal runs no code.
         unsafe { signal(Signal::SIGXFSZ, SigHandler::SigIgn) }.expect("a signal");
     });
-    scenes::fs(bytes);
+    drive("fs", bytes);
 });

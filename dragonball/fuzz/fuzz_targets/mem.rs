@@ -1,7 +1,7 @@
 //! The memory device, in a guest without a VM.
 #![no_main]
 
-use dragonball::virtio::testing::scenes;
+use dragonball::virtio::testing::targets::drive;
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| scenes::mem(bytes));
+fuzz_target!(|bytes: &[u8]| drive("mem", bytes));

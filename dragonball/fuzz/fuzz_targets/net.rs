@@ -1,7 +1,7 @@
 //! The network card: its control queue, and frames both ways.
 #![no_main]
 
-use dragonball::virtio::testing::scenes;
+use dragonball::virtio::testing::targets::drive;
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| scenes::net(bytes));
+fuzz_target!(|bytes: &[u8]| drive("net", bytes));

@@ -1,8 +1,7 @@
 //! Configuration space, BARs and MSI-X table of a device of the host, by a synthetic one.
 #![no_main]
 
-use dragonball::host_device_scene::drive_host_device;
-use dragonball::virtio::testing::script::Script;
+use dragonball::virtio::testing::targets::drive;
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|bytes: &[u8]| drive_host_device(Script::new(bytes)));
+fuzz_target!(|bytes: &[u8]| drive("vfio", bytes));

@@ -1,14 +1,14 @@
 //! The differentiated system description: the devices that the guest cannot find by itself.
 
 use acpi_tables::aml::{
-    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package, Path,
-    ResourceTemplate, ZERO,
+    AddressSpace, AddressSpaceCacheable, Device, EISAName, IO, Interrupt, Memory32Fixed, Name, ONE, Package,
+    PackageBuilder, Path, ResourceTemplate, Scope, ZERO,
 };
 use acpi_tables::sdt::Sdt;
 use acpi_tables::{Aml, AmlSink};
 
 use super::{Hardware, OEM_ID, OEM_REVISION, OEM_TABLE_ID, hotplug};
-use crate::irq::pins;
+use crate::irq::{pci_pin, pins};
 use crate::memory::layout::{ECAM, PCI_32, Range};
 use crate::pci::bus::SLOTS;
 use crate::platform::ports;
@@ -25,6 +25,9 @@ pub(super) fn build(hardware: &Hardware) -> Vec<u8> {
     if let Some(pci) = hardware.pci {
         host_bridge(&mut aml, pci.window_64);
         motherboard_resources(&mut aml);
+        if pci.pins {
+            pin_routes(&mut aml);
+        }
     }
     if hardware.hot_plug {
         hotplug::build(&mut aml, SLOTS, hardware.vcpus, hardware.vcpus_max);
@@ -88,6 +91,21 @@ fn host_bridge(aml: &mut Body, window_64: Option<Range>) {
         ],
     )
     .to_aml_bytes(aml);
+}
+
+/// `_PRT`: which pin of the IOAPIC each pin of each slot's functions is joined to (§6.2.13). Without it, functions interrupt
+/// by message or not at all.
+fn pin_routes(aml: &mut Body) {
+    const ALL_FUNCTIONS: u32 = 0xffff;
+    let mut routes = PackageBuilder::new();
+    for slot in SLOTS {
+        for pin in 1..=4 {
+            let address = u32::from(slot) << 16 | ALL_FUNCTIONS;
+            let number = u32::from(pci_pin(slot, pin));
+            routes.add_element(&Package::new(vec![&address, &(pin - 1), &ZERO, &number]));
+        }
+    }
+    Scope::new(path("_SB_.PCI0"), vec![&Name::new(path("_PRT"), &routes)]).to_aml_bytes(aml);
 }
 
 /// Reserves the configuration space: Linux uses it only when both the memory map and this device say so.

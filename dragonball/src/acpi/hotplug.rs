@@ -60,6 +60,7 @@ fn registers_device(sink: &mut dyn AmlSink) {
         (registers::PCI_UP, *b"PCIU"),
         (registers::PCI_DOWN, *b"PCID"),
         (registers::PCI_EJECT, *b"PCIE"),
+        (registers::PCI_SETTLED, *b"PCIS"),
         (registers::CPU_SELECT, *b"CSEL"),
         (registers::CPU_STATUS, *b"CSTS"),
         (registers::CPU_EVENT, *b"CEVT"),
@@ -101,14 +102,22 @@ fn pci_slots(sink: &mut dyn AmlSink, slots: std::ops::Range<u8>) {
     Scope::new(path("_SB_.PCI0"), with_all(&children)).to_aml_bytes(sink);
 }
 
+/// A slot. Its `_OST` is called when all that follows from a notification is done: for a new device, when a driver of the
+/// guest has taken it, or none would.
 fn pci_slot(slot: u8) -> Made {
+    const NOTIFICATION: u8 = 0xff;
     let bit = 1_u32 << slot;
+    let asked = And::new(&ZERO, &Arg(0), &NOTIFICATION);
+    let register = path("\\_SB_.PCIS");
+    let settled = Store::new(&register, &bit);
+    let is_new = Equal::new(&asked, &registers::NOTIFY_DEVICE_CHECK);
     made(&Device::new(
         path(&slot_name(slot)),
         vec![
             &Name::new(path("_ADR"), &(u32::from(slot) << 16)),
             &Name::new(path("_SUN"), &slot),
             &Method::new(path("_EJ0"), 1, false, vec![&Store::new(&path("\\_SB_.PCIE"), &bit)]),
+            &Method::new(path("_OST"), 3, false, vec![&If::new(&is_new, vec![&settled])]),
         ],
     ))
 }

@@ -47,6 +47,8 @@ pub(crate) struct Hardware {
 pub(crate) struct Pci {
     /// Its 64-bit window, where the address space has room for one.
     pub(crate) window_64: Option<Range>,
+    /// Whether it may have functions that interrupt by their pins: devices of the host.
+    pub(crate) pins: bool,
 }
 
 /// Writes all tables into guest memory.

@@ -9,7 +9,13 @@ use super::*;
 const WINDOW: Range = Range { start: 64 << 30, length: 1 << 40 };
 
 fn hardware() -> Hardware {
-    Hardware { vcpus: 4, vcpus_max: 8, hot_plug: true, pci: Some(Pci { window_64: Some(WINDOW) }), uart: true }
+    Hardware {
+        vcpus: 4,
+        vcpus_max: 8,
+        hot_plug: true,
+        pci: Some(Pci { window_64: Some(WINDOW), pins: true }),
+        uart: true,
+    }
 }
 
 fn u64_at(bytes: &[u8], offset: usize) -> u64 {
@@ -62,7 +68,7 @@ fn without_pci_no_table_speaks_of_it() {
 proptest! {
     #[test]
     fn checksums_hold_and_tables_fit_whatever_the_hardware(vcpus in 1_u8..=254, more in 0_u8..=253, uart: bool, pci: bool, window: bool) {
-        let pci = pci.then(|| Pci { window_64: window.then_some(WINDOW) });
+        let pci = pci.then(|| Pci { window_64: window.then_some(WINDOW), pins: window });
         let vcpus_max = vcpus.saturating_add(more).min(254);
         let image = build(&Hardware { vcpus, vcpus_max, hot_plug: pci.is_some(), pci, uart });
         prop_assert!(image.len() as u64 <= ACPI_SIZE);

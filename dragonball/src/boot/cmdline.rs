@@ -4,18 +4,23 @@ use crate::config::{ConsoleOutput, MachineConfig};
 
 /// What every guest gets. Each word saves time or memory, or makes a failure visible:
 /// - `panic=-1` restarts at once after a panic, which ends the machine;
-/// - `nomodule`, `random.trust_cpu=on`, `cryptomgr.notests`: no module loader, no wait for entropy, no self-tests;
+/// - `random.trust_cpu=on`, `cryptomgr.notests`: no wait for entropy, no self-tests;
 /// - `tsc=reliable`, `no_timer_check`: there is no second clock to check the TSC against;
 /// - `rcupdate.rcu_expedited=1`: boot waits for few grace periods;
 /// - `swiotlb=noforce`: no bounce buffers, which would take 64 MiB;
-/// - `memhp_default_state=online_kernel`: hot-added memory is usable at once;
 /// - `quiet`: printing costs an exit per chunk.
-const BASE: &str = "panic=-1 nomodule random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check \
-                    rcupdate.rcu_expedited=1 swiotlb=noforce memhp_default_state=online_kernel";
+const BASE: &str = "panic=-1 random.trust_cpu=on cryptomgr.notests tsc=reliable no_timer_check \
+                    rcupdate.rcu_expedited=1 swiotlb=noforce";
+/// Hot-added memory is usable at once, and for all purposes.
+const MEMORY_FIXED: &str = "memhp_default_state=online_kernel";
+/// The same where the machine may also shrink again: three quarters of what is added are kept free of what cannot be moved
+/// (`Documentation/admin-guide/mm/memory-hotplug.rst`), so that they can be taken away.
+const MEMORY_MOVABLE: &str = "memhp_default_state=online memory_hotplug.online_policy=auto-movable";
 
 /// The whole command line of the machine.
 pub(crate) fn of(config: &MachineConfig) -> String {
-    let mut words = vec![BASE];
+    let grows = config.memory_max() > config.memory;
+    let mut words = vec![BASE, if grows { MEMORY_MOVABLE } else { MEMORY_FIXED }];
     if config.device_count() == 0 {
         words.push("pci=off");
     }
@@ -55,6 +60,14 @@ mod tests {
             assert!(present.iter().all(|word| text.contains(word)), "{text}");
             assert!(!absent.iter().any(|word| text.contains(word)), "{text}");
         }
+    }
+
+    #[test]
+    fn memory_that_may_go_again_is_kept_movable() {
+        let config = MachineConfig::new("vmlinux");
+        assert!(!of(&config).contains("auto-movable"), "persistent memory alone does not go");
+        let config = MachineConfig { memory_max: Some(config.memory * 2), ..config };
+        assert!(of(&config).contains("online_policy=auto-movable"));
     }
 
     #[test]

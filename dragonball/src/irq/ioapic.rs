@@ -3,9 +3,10 @@
 //! Source: Intel 82093AA data sheet; version 0x20 with its EOI register (Intel ICH9 data sheet, §13.5.1). It has fewer
 //! pins than a PC's because the guest's kernel programs each one at boot, which costs an exit per register.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use super::Message;
+use super::pin::LevelSource;
 use super::router::IrqRouter;
 
 /// How many pins there are.
@@ -72,11 +73,13 @@ impl Default for IoApicState {
 pub(crate) struct IoApic {
     sink: Arc<dyn MessageSink>,
     state: Mutex<IoApicState>,
+    /// Pins and the sources that share them. Never held while the state is waited for.
+    sources: Mutex<Vec<(u8, Weak<dyn LevelSource>)>>,
 }
 
 impl IoApic {
     pub(crate) fn new(sink: Arc<dyn MessageSink>) -> Self {
-        Self { sink, state: Mutex::default() }
+        Self { sink, state: Mutex::default(), sources: Mutex::default() }
     }
 
     fn state(&self) -> MutexGuard<'_, IoApicState> {
@@ -104,7 +107,10 @@ impl IoApic {
                     self.changed(&mut state, pin);
                 }
             }
-            EOI => self.end(&mut state, low_byte),
+            EOI => {
+                drop(state);
+                self.end_of_interrupt(low_byte);
+            }
             _ => {}
         }
     }
@@ -125,22 +131,49 @@ impl IoApic {
         if pin >= PINS {
             return;
         }
-        state.levels = if high { state.levels | 1 << pin } else { state.levels & !(1 << pin) };
+        state.set_level(pin, high);
+        self.deliver_level(&mut state, pin);
+    }
+
+    /// Lets `source` share `pin`, as long as it lives.
+    pub(crate) fn connect(&self, pin: u8, source: Weak<dyn LevelSource>) {
+        let mut sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.retain(|(_, source)| source.strong_count() > 0);
+        sources.push((pin, source));
+    }
+
+    /// The sources that share `pin`.
+    fn sources(&self, pin: u8) -> Vec<Arc<dyn LevelSource>> {
+        let sources = self.sources.lock().unwrap_or_else(PoisonError::into_inner);
+        sources.iter().filter(|(of, _)| *of == pin).filter_map(|(_, source)| source.upgrade()).collect()
+    }
+
+    /// The level of one of the sources of `pin` has changed.
+    pub(crate) fn update(&self, pin: u8) {
+        let sources = self.sources(pin);
+        let mut state = self.state();
+        state.set_level(pin, sources.iter().any(|source| source.is_high()));
         self.deliver_level(&mut state, pin);
     }
 
     /// A local APIC has finished the interrupt `vector`.
     pub(crate) fn end_of_interrupt(&self, vector: u8) {
-        self.end(&mut self.state(), vector);
-    }
-
-    fn end(&self, state: &mut IoApicState, vector: u8) {
-        for pin in 0..PINS {
-            let entry = &mut state.entries[usize::from(pin)];
-            if *entry & (LEVEL | REMOTE_IRR) == LEVEL | REMOTE_IRR && entry.to_le_bytes()[0] == vector {
-                *entry &= !REMOTE_IRR;
-                self.deliver_level(state, pin);
+        let ended =
+            |entry: &u64| *entry & (LEVEL | REMOTE_IRR) == LEVEL | REMOTE_IRR && entry.to_le_bytes()[0] == vector;
+        let pins: Vec<u8> = {
+            let state = self.state();
+            (0..PINS).filter(|pin| ended(&state.entries[usize::from(*pin)])).collect()
+        };
+        for pin in pins {
+            // They may call the host: not under the lock. The pin delivers nothing meanwhile.
+            let sources = self.sources(pin);
+            sources.iter().for_each(|source| source.ended());
+            let mut state = self.state();
+            if !sources.is_empty() {
+                state.set_level(pin, sources.iter().any(|source| source.is_high()));
             }
+            state.entries[usize::from(pin)] &= !REMOTE_IRR;
+            self.deliver_level(&mut state, pin);
         }
     }
 
@@ -167,13 +200,19 @@ impl IoApic {
     }
 
     /// The state to be saved.
-    #[cfg_attr(not(test), expect(dead_code, reason = "saved with the whole machine, which comes with templates"))]
+    #[cfg_attr(
+        not(any(test, feature = "testing")),
+        expect(dead_code, reason = "saved with the whole machine, which comes with templates")
+    )]
     pub(crate) fn save(&self) -> IoApicState {
         *self.state()
     }
 
     /// Takes a saved state, before the vCPUs run.
-    #[cfg_attr(not(test), expect(dead_code, reason = "restored with the whole machine, which comes with templates"))]
+    #[cfg_attr(
+        not(any(test, feature = "testing")),
+        expect(dead_code, reason = "restored with the whole machine, which comes with templates")
+    )]
     pub(crate) fn restore(&self, saved: &IoApicState) {
         let mut state = self.state();
         *state = *saved;
@@ -185,6 +224,10 @@ impl IoApic {
 }
 
 impl IoApicState {
+    fn set_level(&mut self, pin: u8, high: bool) {
+        self.levels = if high { self.levels | 1 << pin } else { self.levels & !(1 << pin) };
+    }
+
     /// Which pin the selected register is of, and whether it is the upper half of the pin's entry.
     fn selected_entry(&self) -> Option<(u8, bool)> {
         let index = self.select.checked_sub(REGISTER_TABLE)?;

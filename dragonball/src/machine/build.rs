@@ -50,7 +50,8 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
     let uart = debug_uart(config, &ioapic, &shared)?;
     let hardware = Hardware { vm: Arc::clone(&vm), router, memory: Arc::clone(ram.memory()), control: control.clone() };
     let high = HighMemory::above(config.memory, pluggable, host::address_bits());
-    let mut devices = Devices::new(hardware, high, address_space, DmaListeners::new(Arc::clone(ram.memory())));
+    let listeners = DmaListeners::new(Arc::clone(ram.memory()));
+    let mut devices = Devices::new(hardware, Arc::clone(&ioapic), high, address_space, listeners);
     let workers = devices.add_all(config, &shared)?;
     let registers = config.hot_plug.then(|| Arc::new(HotPlugRegisters::new(Arc::clone(&ioapic), config.vcpus)));
     acpi::write(&ram, &tables(config, &devices)).map_err(host_refused("write the ACPI tables"))?;
@@ -81,7 +82,9 @@ fn tables(config: &MachineConfig, devices: &Devices) -> acpi::Hardware {
         vcpus: config.vcpus,
         vcpus_max: config.vcpus_max(),
         hot_plug: config.hot_plug,
-        pci: config.has_pci().then(|| acpi::Pci { window_64: devices.window_64() }),
+        pci: config
+            .has_pci()
+            .then(|| acpi::Pci { window_64: devices.window_64(), pins: config.may_have_host_devices() }),
         uart: config.debug_uart != ConsoleOutput::None,
     }
 }

@@ -12,9 +12,10 @@ use vm_memory::GuestAddress;
 use super::StartError;
 use super::worker::DeviceWorker;
 use crate::config::{ConsoleOutput, DeviceConfig, MachineConfig};
-use crate::control::{DeviceNumber, Request};
+use crate::control::{Control, DeviceNumber, Request};
 use crate::irq::ioapic::IoApic;
-use crate::manage::{ChangeError, DeviceInfo, Presence, RangeInfo};
+use crate::irq::pin::PinSource;
+use crate::manage::{AttachTimes, ChangeError, DeviceInfo, Presence, RangeInfo};
 use crate::memory::layout::{HighMemory, PCI_32, Range};
 use crate::memory::listener::DmaListeners;
 use crate::memory::{AddressSpace, PluggableMemory, SlotAccess, SlotId};
@@ -22,7 +23,8 @@ use crate::pci::PciFunction;
 use crate::pci::bus::{PciBus, SLOTS};
 use crate::pci::windows::Windows;
 use crate::platform::uart::Uart;
-use crate::vfio::{Passthrough, PreparedGroup, Services};
+use crate::threads;
+use crate::vfio::{Passthrough, PrepareTimes, PreparedGroup, Services, VfioFunction};
 use crate::virtio::balloon::Balloon;
 use crate::virtio::blk::Blk;
 use crate::virtio::console::{Console, ConsoleTail};
@@ -107,6 +109,7 @@ impl PreparedDevice {
 pub(super) struct Devices {
     hardware: Hardware,
     bus: Arc<PciBus>,
+    ioapic: Arc<IoApic>,
     high: HighMemory,
     address_space: AddressSpace,
     listeners: DmaListeners,
@@ -127,12 +130,52 @@ pub(super) struct Attached {
     /// It came with the machine and goes with it.
     pub(super) fixed: bool,
     kind: &'static str,
+    /// How long a device of the host took to come.
+    pub(super) times: Option<AttachTimes>,
     /// A device of the host has none.
     lines: Option<Arc<Lines>>,
     /// Guest-physical memory beside its registers.
     memory: Option<PmemPlace>,
-    /// What of the PCI windows it has.
+    /// The functions of devices of the host, what of the PCI windows they have, and how long they took to be prepared.
+    host: Option<HostGroup>,
+}
+
+/// Devices of the host in their slot.
+struct HostGroup {
+    functions: Vec<Arc<VfioFunction>>,
     bars: Vec<Range>,
+    prepared: PrepareTimes,
+}
+
+/// Devices of the host that have left their slot and still work for nobody: to be retired where that may take long.
+pub(super) struct Leaving {
+    functions: Vec<Arc<VfioFunction>>,
+    bars: Vec<Range>,
+}
+
+impl Leaving {
+    /// Stops and resets the devices, and gives the part of the PCI windows that is free now. May take seconds.
+    pub(super) fn retire(self) -> Vec<Range> {
+        self.functions.iter().for_each(|function| function.retire());
+        self.bars
+    }
+}
+
+/// What of a device that was taken out is left to do.
+#[derive(Default)]
+pub(super) struct Detached {
+    /// The worker that the loop may drop now: none when the guest could still reach its memory.
+    pub(super) worker: Option<DeviceNumber>,
+    /// To be retired.
+    pub(super) leaving: Option<Leaving>,
+}
+
+/// What works for a device on the `vmm` thread.
+pub(super) enum Worker {
+    /// A virtio device.
+    Device(DeviceWorker),
+    /// The pins of devices of the host.
+    Pins(Vec<Arc<PinSource>>),
 }
 
 /// Where persistent memory is shown to the guest.
@@ -144,6 +187,7 @@ struct PmemPlace {
 impl Devices {
     pub(super) fn new(
         hardware: Hardware,
+        ioapic: Arc<IoApic>,
         high: HighMemory,
         address_space: AddressSpace,
         listeners: DmaListeners,
@@ -154,6 +198,7 @@ impl Devices {
             passthrough,
             windows: Windows::new(host_devices_window(), None),
             bus: Arc::new(PciBus::default()),
+            ioapic,
             high,
             address_space,
             listeners,
@@ -166,6 +211,11 @@ impl Devices {
     /// What opens devices of the host.
     pub(super) fn passthrough(&self) -> &Arc<Passthrough> {
         &self.passthrough
+    }
+
+    /// What requests to the `vmm` thread are sent by.
+    pub(super) fn control(&self) -> &Control {
+        &self.hardware.control
     }
 
     /// The bus that the devices are on.
@@ -183,7 +233,7 @@ impl Devices {
         &mut self,
         config: &MachineConfig,
         shared: &Shared,
-    ) -> Result<Vec<(DeviceNumber, DeviceWorker)>, StartError> {
+    ) -> Result<Vec<(DeviceNumber, Worker)>, StartError> {
         let passthrough = Arc::clone(&self.passthrough);
         let mut workers = Vec::new();
         if !config.has_pci() {
@@ -194,8 +244,7 @@ impl Devices {
             let kind = device.kind;
             let slot = self.bus.free_slot().ok_or_else(|| unmade(kind)("the PCI bus has no slot left"))?;
             let name = self.free_name(kind);
-            let (number, worker) = self.attach(slot, name, device, fixed)?;
-            workers.extend(worker.map(|worker| (number, worker)));
+            workers.push(self.attach(slot, name, device, fixed)?);
             Ok(())
         };
         add(PreparedDevice::other("rng", Rng::new()), true)?;
@@ -221,7 +270,7 @@ impl Devices {
             let device = PreparedDevice::open(&device, &passthrough)?;
             let slot = self.bus.free_slot().ok_or_else(|| unmade("vfio")("the PCI bus has no slot left"))?;
             let name = self.free_name("vfio");
-            self.attach(slot, name, device, false)?;
+            workers.push(self.attach(slot, name, device, false)?);
         }
         Ok(workers)
     }
@@ -231,7 +280,7 @@ impl Devices {
         &mut self,
         name: Option<String>,
         device: PreparedDevice,
-    ) -> Result<(u8, DeviceNumber, Option<DeviceWorker>), ChangeError> {
+    ) -> Result<(u8, DeviceNumber, Worker), ChangeError> {
         const NAME_MAX: usize = 64;
         let name = match name {
             Some(name) if name.is_empty() || name.len() > NAME_MAX || self.find(&name).is_some() => {
@@ -252,10 +301,10 @@ impl Devices {
         name: String,
         device: PreparedDevice,
         fixed: bool,
-    ) -> Result<(DeviceNumber, Option<DeviceWorker>), Unmade> {
+    ) -> Result<(DeviceNumber, Worker), Unmade> {
         let kind = device.kind;
         let (device, memory) = match device.part {
-            Part::Vfio(group) => return Ok((self.attach_group(slot, name, group)?, None)),
+            Part::Vfio(group) => return self.attach_group(slot, name, group),
             Part::Other(device) => (device, None),
             Part::Pmem { device, read_only } => {
                 let (device, place) = self.place_pmem(device, read_only)?;
@@ -275,32 +324,60 @@ impl Devices {
         self.next_number += 1;
         let presence = Presence::Present;
         let own_lines = Some(Arc::clone(&lines));
-        let attached = Attached { name, number, presence, fixed, kind, lines: own_lines, memory, bars: Vec::new() };
+        let attached =
+            Attached { name, number, presence, fixed, kind, times: None, lines: own_lines, memory, host: None };
         self.attached.insert(slot, attached);
-        Ok((number, Some(DeviceWorker::new(kind, device, lines))))
+        Ok((number, Worker::Device(DeviceWorker::new(kind, device, lines))))
     }
 
     /// Gives devices of the host their memory and their slot.
-    fn attach_group(&mut self, slot: u8, name: String, group: PreparedGroup) -> Result<DeviceNumber, Unmade> {
+    fn attach_group(
+        &mut self,
+        slot: u8,
+        name: String,
+        mut group: PreparedGroup,
+    ) -> Result<(DeviceNumber, Worker), Unmade> {
         let kind = "vfio";
-        let (number, control) = (self.next_number, self.hardware.control.clone());
-        let services = Services {
-            slots: Arc::new(self.address_space.clone()),
-            routes: Arc::clone(&self.hardware.router) as _,
-            windows: self.windows.ranges(),
-            found: Arc::new(move || control.send(Request::Found(number))),
+        let number = self.next_number;
+        let services = self.services(slot, number);
+        let (functions, bars) = match group.place(&mut self.windows, &services) {
+            Ok(placed) => placed,
+            Err(error) => {
+                // Closing devices may take long.
+                threads::aside("vfio-close", move || drop(group));
+                return Err(unmade(kind)(error));
+            }
         };
-        let (functions, bars) = group.place(&mut self.windows, &services).map_err(unmade(kind))?;
-        let functions = functions.into_iter().map(|(number, function)| (number, function as Arc<dyn PciFunction>));
-        if !self.bus.add_device(slot, functions.collect()) {
+        let on_bus = functions.iter().map(|(number, function)| (*number, Arc::clone(function) as Arc<dyn PciFunction>));
+        let added = self.bus.add_device(slot, on_bus.collect());
+        let functions: Vec<_> = functions.into_iter().map(|(_, function)| function).collect();
+        if !added {
             bars.into_iter().for_each(|range| self.windows.free(range));
+            threads::aside("vfio-close", move || drop(functions));
             return Err(unmade(kind)("its slot is taken"));
         }
         self.next_number += 1;
+        let pins = functions.iter().filter_map(|function| function.pin()).collect();
+        let host = Some(HostGroup { functions, bars, prepared: group.times() });
         let presence = Presence::Present;
-        let attached = Attached { name, number, presence, fixed: false, kind, lines: None, memory: None, bars };
+        let attached =
+            Attached { name, number, presence, fixed: false, kind, times: None, lines: None, memory: None, host };
         self.attached.insert(slot, attached);
-        Ok(number)
+        Ok((number, Worker::Pins(pins)))
+    }
+
+    /// What a device of the host in `slot` works with.
+    fn services(&self, slot: u8, number: DeviceNumber) -> Services {
+        let control = self.hardware.control.clone();
+        Services {
+            slots: Arc::new(self.address_space.clone()),
+            routes: Arc::clone(&self.hardware.router) as _,
+            ioapic: Arc::clone(&self.ioapic),
+            slot,
+            // All that the guest was told of: it places what comes later where it likes.
+            windows: [Some(PCI_32), self.window_64].into_iter().flatten().collect(),
+            found: Arc::new(move || control.send(Request::Found(number))),
+        }
     }
 
     /// Makes the devices by which the guest gets memory beside its boot memory and gives memory back.
@@ -333,13 +410,23 @@ impl Devices {
         Ok((Box::new(pmem), PmemPlace { range, slot }))
     }
 
-    /// Takes the device out of its slot, and gives the number of the worker that the loop may drop now: none when the
-    /// guest could still reach the worker's memory.
-    pub(super) fn detach(&mut self, slot: u8) -> Option<DeviceNumber> {
-        let attached = self.attached.remove(&slot)?;
+    /// Takes the device out of its slot, and gives what is left to do.
+    pub(super) fn detach(&mut self, slot: u8) -> Detached {
+        let Some(attached) = self.attached.remove(&slot) else { return Detached::default() };
         self.bus.remove(slot);
-        attached.bars.iter().for_each(|range| self.windows.free(*range));
-        attached.memory.is_none_or(|place| self.hide(place)).then_some(attached.number)
+        let may_drop = attached.memory.is_none_or(|place| self.hide(place));
+        let leaving = attached.host.map(|HostGroup { functions, bars, .. }| Leaving { functions, bars });
+        Detached { worker: may_drop.then_some(attached.number), leaving }
+    }
+
+    /// Takes back what of the PCI windows devices had that are gone.
+    pub(super) fn free(&mut self, ranges: Vec<Range>) {
+        ranges.into_iter().for_each(|range| self.windows.free(range));
+    }
+
+    /// Whether the device in `slot` is one of the host, and how long it took to prepare it.
+    pub(super) fn prepared(&self, slot: u8) -> Option<PrepareTimes> {
+        Some(self.attached.get(&slot)?.host.as_ref()?.prepared)
     }
 
     /// Takes memory from the guest; false when KVM does not.
@@ -399,6 +486,7 @@ impl Devices {
             presence: attached.presence,
             ranges,
             interrupts: attached.lines.as_ref().map(|lines| lines.routes()).unwrap_or_default(),
+            times: attached.times,
         })
     }
 }

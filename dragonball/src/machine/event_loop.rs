@@ -12,10 +12,12 @@ use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::devices::Worker;
 use super::hot_plug::HotPlug;
 use super::input::Input;
 use super::worker::{DeviceWorker, Effect};
 use crate::control::{DeviceNumber, Mailbox, Request};
+use crate::irq::pin::PinSource;
 use crate::virtio::device::EventRegistry;
 use crate::vm::{ExitReason, Shared};
 
@@ -25,6 +27,8 @@ const EVENTS: usize = 32;
 /// What the loop gives events to.
 enum Subscriber {
     Device(DeviceWorker),
+    /// The pins of devices of the host.
+    Pins(Vec<Arc<PinSource>>),
     /// The place of a device that is being called with a request.
     Away,
     Mailbox(Arc<EventFd>),
@@ -66,6 +70,10 @@ impl MutEventSubscriber for Subscriber {
         match self {
             Self::Device(worker) => worker.handle_event(events.data(), events.event_set(), &mut Registry(ops)),
             Self::Away => {}
+            Self::Pins(pins) => {
+                let pin = usize::try_from(events.data()).ok().and_then(|index| pins.get(index));
+                pin.into_iter().for_each(|pin| pin.take_event());
+            }
             Self::Mailbox(wake) => {
                 // Only resets the counter: the requests are worked off after every round of events.
                 let _ = wake.read();
@@ -85,6 +93,7 @@ impl MutEventSubscriber for Subscriber {
     fn init(&mut self, ops: &mut EventOps<'_>) {
         let fd = match self {
             Self::Device(_) | Self::Away => return,
+            Self::Pins(pins) => return watch_pins(pins, ops),
             Self::Mailbox(wake) => wake.as_raw_fd(),
             Self::Input(input) => input.as_raw_fd(),
             Self::Deadline(timer) => timer.as_raw_fd(),
@@ -96,11 +105,19 @@ impl MutEventSubscriber for Subscriber {
     }
 }
 
+fn watch_pins(pins: &[Arc<PinSource>], ops: &mut EventOps<'_>) {
+    for (token, pin) in (0..).zip(pins) {
+        if let Err(error) = ops.add(watched(pin.as_raw_fd(), token, EventSet::IN)) {
+            tracing::warn!(%error, "the interrupt pin of a device is not watched: its driver must poll");
+        }
+    }
+}
+
 /// Everything that the `vmm` thread owns.
 pub(crate) struct Machine {
     pub(crate) shared: Arc<Shared>,
     pub(crate) mailbox: Mailbox,
-    pub(crate) workers: Vec<(DeviceNumber, DeviceWorker)>,
+    pub(crate) workers: Vec<(DeviceNumber, Worker)>,
     pub(crate) hot_plug: HotPlug,
     pub(crate) input: Option<Input>,
     /// Held until the vCPUs have ended.
@@ -144,7 +161,7 @@ pub(super) struct Loop {
 }
 
 impl Loop {
-    fn new(mailbox: &Mailbox, workers: Vec<(DeviceNumber, DeviceWorker)>, input: Option<Input>) -> io::Result<Self> {
+    fn new(mailbox: &Mailbox, workers: Vec<(DeviceNumber, Worker)>, input: Option<Input>) -> io::Result<Self> {
         let mut manager = EventManager::new_with_capacity(EVENTS).map_err(into_io)?;
         manager.add_subscriber(Subscriber::Mailbox(Arc::clone(&mailbox.wake)));
         if let Some(input) = input {
@@ -177,7 +194,8 @@ impl Loop {
                         }
                     }
                     Request::Change(change) => hot_plug.change(self, change),
-                    Request::Found(number) => hot_plug.activated(number),
+                    Request::Found(number) => hot_plug.found(number),
+                    Request::Retired(retired) => hot_plug.retired(retired),
                     Request::Told { told, done } => {
                         hot_plug.told(self, told);
                         drop(done);
@@ -190,8 +208,11 @@ impl Loop {
     }
 
     /// Gives a device to the loop.
-    pub(super) fn add_worker(&mut self, number: DeviceNumber, worker: DeviceWorker) {
-        let id = self.manager.add_subscriber(Subscriber::Device(worker));
+    pub(super) fn add_worker(&mut self, number: DeviceNumber, worker: Worker) {
+        let id = self.manager.add_subscriber(match worker {
+            Worker::Device(worker) => Subscriber::Device(worker),
+            Worker::Pins(pins) => Subscriber::Pins(pins),
+        });
         self.workers.insert(number, id);
     }
 

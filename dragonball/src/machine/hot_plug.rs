@@ -6,6 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use memory_types::Mtrrs;
@@ -15,10 +16,11 @@ use super::event_loop::Loop;
 use super::memory_types::Inquiry;
 use super::vcpus::Vcpus;
 use crate::config::MachineConfig;
-use crate::control::{DeviceNumber, VcpuEvent};
-use crate::manage::{Change, ChangeError, DeviceInfo, MachineInfo, Presence, Reply, VcpuCount};
+use crate::control::{DeviceNumber, Request, VcpuEvent};
+use crate::manage::{AttachTimes, Change, ChangeError, DeviceInfo, MachineInfo, Presence, Reply, VcpuCount};
 use crate::memory::layout::{self, MemoryKind, Range};
 use crate::platform::hotplug::{CpuEvent, HotPlugRegisters, Told};
+use crate::threads;
 use crate::vcpu::mtrr::VcpuMemoryTypes;
 use crate::vm::Shared;
 
@@ -34,6 +36,8 @@ pub(crate) struct HotPlug {
     /// What is under way, by slot.
     moves: BTreeMap<u8, Move>,
     resize: Option<Resize>,
+    /// Those that stop and reset devices of the host which have left.
+    retiring: Vec<JoinHandle<()>>,
     /// How many vCPUs were last asked for.
     vcpus_asked: u8,
     pause: Option<Pause>,
@@ -42,9 +46,29 @@ pub(crate) struct HotPlug {
 
 /// A device on its way.
 struct Move {
-    end: Instant,
+    begin: Instant,
     given: Duration,
+    /// When the guest found a device of the host.
+    found: Option<Instant>,
     direction: Direction,
+}
+
+impl Move {
+    fn new(given: Duration, direction: Direction) -> Self {
+        Self { begin: Instant::now(), given, found: None, direction }
+    }
+
+    fn end(&self) -> Instant {
+        self.begin + self.given
+    }
+}
+
+/// Devices of the host that were stopped and reset.
+pub(crate) struct Retired {
+    /// What of the PCI windows is free.
+    ranges: Vec<Range>,
+    /// Who waits for that.
+    reply: Option<Reply<()>>,
 }
 
 enum Direction {
@@ -86,6 +110,7 @@ impl HotPlug {
             pluggable,
             moves: BTreeMap::new(),
             resize: None,
+            retiring: Vec::new(),
             vcpus_asked,
             pause: None,
             inquiry: None,
@@ -121,12 +146,9 @@ impl HotPlug {
         let added = self.pluggable().and_then(|registers| Ok((registers, self.devices.add(name, device)?)));
         match added {
             Ok((registers, (slot, number, worker))) => {
-                if let Some(worker) = worker {
-                    event_loop.add_worker(number, worker);
-                }
+                event_loop.add_worker(number, worker);
                 self.set_presence(slot, Presence::Announced);
-                let end = Instant::now() + given;
-                self.moves.insert(slot, Move { end, given, direction: Direction::In(reply) });
+                self.moves.insert(slot, Move::new(given, Direction::In(reply)));
                 registers.announce(slot);
             }
             Err(error) => reply.send(Err(error)),
@@ -137,8 +159,7 @@ impl HotPlug {
         match self.removable(name) {
             Ok((registers, slot)) => {
                 self.set_presence(slot, Presence::Leaving);
-                let end = Instant::now() + given;
-                self.moves.insert(slot, Move { end, given, direction: Direction::Out(reply) });
+                self.moves.insert(slot, Move::new(given, Direction::Out(reply)));
                 registers.ask_back(slot);
             }
             Err(error) => reply.send(Err(error)),
@@ -163,25 +184,55 @@ impl HotPlug {
         }
     }
 
-    /// A driver of the guest has taken a device; a device of the host, whose driver is not ours to know, was found.
+    /// A driver of the guest has taken a device.
     pub(super) fn activated(&mut self, number: DeviceNumber) {
-        let Some(slot) = self.devices.find_number(number) else { return };
-        if let Some(Move { direction: Direction::In(_), .. }) = self.moves.get(&slot) {
-            self.set_presence(slot, Presence::Present);
-            if let (Some(Move { direction: Direction::In(reply), .. }), Some(info)) =
-                (self.moves.remove(&slot), self.devices.info_of(slot))
-            {
-                reply.send(Ok(info));
-            }
+        if let Some(slot) = self.devices.find_number(number) {
+            self.arrived(slot);
+        }
+    }
+
+    /// The guest has begun to set a device of the host up.
+    pub(super) fn found(&mut self, number: DeviceNumber) {
+        let slot = self.devices.find_number(number);
+        if let Some(moving) = slot.and_then(|slot| self.moves.get_mut(&slot)) {
+            moving.found = Some(Instant::now());
+        }
+    }
+
+    /// The guest is through with a new device. Whether one of the host has a driver then is the guest's affair: one may be
+    /// loaded later. A virtio device without a driver is waited for, because none can work without.
+    fn settled(&mut self, slot: u8) {
+        if self.devices.prepared(slot).is_some() {
+            self.arrived(slot);
+        }
+    }
+
+    /// Ends the addition of a device well, if one is under way.
+    fn arrived(&mut self, slot: u8) {
+        let Some(Move { direction: Direction::In(_), .. }) = self.moves.get(&slot) else { return };
+        let Some(Move { begin, found, direction: Direction::In(reply), .. }) = self.moves.remove(&slot) else { return };
+        self.set_presence(slot, Presence::Present);
+        if let (Some(prepared), Some(found)) = (self.devices.prepared(slot), found)
+            && let Some(attached) = self.devices.at(slot)
+        {
+            attached.times = Some(AttachTimes {
+                open: microseconds(prepared.open),
+                dma_map: microseconds(prepared.dma_map),
+                bar_map: microseconds(prepared.bar_map),
+                announce: microseconds(found - begin),
+                driver: microseconds(found.elapsed()),
+            });
+        }
+        if let Some(info) = self.devices.info_of(slot) {
+            reply.send(Ok(info));
         }
     }
 
     /// The guest told something by its registers.
     pub(super) fn told(&mut self, event_loop: &mut Loop, told: Told) {
         match told {
-            Told::PciEjected(slots) => {
-                (0..32).filter(|slot| slots & 1 << slot != 0).for_each(|slot| self.ejected(event_loop, slot));
-            }
+            Told::PciEjected(slots) => slots_of(slots).for_each(|slot| self.ejected(event_loop, slot)),
+            Told::PciSettled(slots) => slots_of(slots).for_each(|slot| self.settled(slot)),
             // The first vCPU has no method to let it go by.
             Told::CpuEjected(0) => {}
             Told::CpuEjected(id) => self.take_vcpu(id),
@@ -194,22 +245,45 @@ impl HotPlug {
         if self.devices.at(slot).is_none_or(|attached| attached.fixed) {
             return;
         }
-        self.take_out(event_loop, slot);
-        match self.moves.remove(&slot).map(|done| done.direction) {
-            Some(Direction::Out(reply)) => reply.send(Ok(())),
-            Some(Direction::In(reply)) => reply.send(Err(ChangeError::Declined)),
-            None => tracing::info!(slot, "the guest let a device go"),
-        }
+        let reply = match self.moves.remove(&slot).map(|done| done.direction) {
+            Some(Direction::Out(reply)) => Some(reply),
+            Some(Direction::In(reply)) => {
+                reply.send(Err(ChangeError::Declined));
+                None
+            }
+            None => {
+                tracing::info!(slot, "the guest let a device go");
+                None
+            }
+        };
+        self.take_out(event_loop, slot, reply);
     }
 
-    fn take_out(&mut self, event_loop: &mut Loop, slot: u8) {
+    /// Empties a slot, and answers `reply` when nothing of its device is left.
+    fn take_out(&mut self, event_loop: &mut Loop, slot: u8, reply: Option<Reply<()>>) {
         if let Some(registers) = &self.registers {
             registers.withdraw(slot);
             registers.keep(slot);
         }
-        if let Some(number) = self.devices.detach(slot) {
+        let detached = self.devices.detach(slot);
+        if let Some(number) = detached.worker {
             event_loop.remove_worker(number);
         }
+        let Some(leaving) = detached.leaving else {
+            reply.into_iter().for_each(|reply| reply.send(Ok(())));
+            return;
+        };
+        let control = self.devices.control().clone();
+        // The reset of a device may take seconds; the machine goes on meanwhile.
+        let retire = move || control.send(Request::Retired(Retired { ranges: leaving.retire(), reply }));
+        self.retiring.retain(|thread| !thread.is_finished());
+        self.retiring.extend(threads::aside("vfio-retire", retire));
+    }
+
+    /// Devices of the host have been reset: their place in the windows is free.
+    pub(super) fn retired(&mut self, Retired { ranges, reply }: Retired) {
+        self.devices.free(ranges);
+        reply.into_iter().for_each(|reply| reply.send(Ok(())));
     }
 
     /// Ends what the guest had its time for, and sets the timer for the next.
@@ -218,8 +292,12 @@ impl HotPlug {
             return event_loop.wake_at(None);
         }
         let now = Instant::now();
-        let due: Vec<u8> = self.moves.iter().filter(|(_, moving)| moving.end <= now).map(|(slot, _)| *slot).collect();
+        let due: Vec<u8> = self.moves.iter().filter(|(_, moving)| moving.end() <= now).map(|(slot, _)| *slot).collect();
         for slot in due {
+            // A guest that does not say when it is through, but has set a device of the host up, has it.
+            if self.moves.get(&slot).is_some_and(|moving| moving.found.is_some()) {
+                self.arrived(slot);
+            }
             if let Some(moving) = self.moves.remove(&slot) {
                 self.give_up(event_loop, slot, moving);
             }
@@ -227,7 +305,7 @@ impl HotPlug {
         if self.resize.as_ref().is_some_and(|resize| resize.end <= now) {
             self.give_up_resize();
         }
-        let ends = self.moves.values().map(|moving| moving.end).chain(self.resize.as_ref().map(|resize| resize.end));
+        let ends = self.moves.values().map(Move::end).chain(self.resize.as_ref().map(|resize| resize.end));
         event_loop.wake_at(ends.min());
     }
 
@@ -235,7 +313,7 @@ impl HotPlug {
         let Some(registers) = self.registers.clone() else { return };
         match moving.direction {
             Direction::In(reply) if registers.withdraw(slot) => {
-                self.take_out(event_loop, slot);
+                self.take_out(event_loop, slot, None);
                 reply.send(Err(ChangeError::Unseen(moving.given)));
             }
             Direction::In(reply) => {
@@ -422,4 +500,23 @@ impl HotPlug {
             devices: self.devices.info(),
         }
     }
+}
+
+impl Drop for HotPlug {
+    /// A device that has left is free for others when the machine has ended.
+    fn drop(&mut self) {
+        for thread in self.retiring.drain(..) {
+            // What it was to do is done either way.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The slots whose bits are set.
+fn slots_of(bits: u32) -> impl Iterator<Item = u8> {
+    (0..32).filter(move |slot| bits & 1 << slot != 0)
+}
+
+fn microseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
 }

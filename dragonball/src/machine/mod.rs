@@ -12,6 +12,7 @@ mod worker;
 use std::sync::Arc;
 
 pub(crate) use devices::PreparedDevice;
+pub(crate) use hot_plug::Retired;
 
 use crate::boot::BootError;
 use crate::config::{ConfigError, MachineConfig};

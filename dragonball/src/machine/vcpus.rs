@@ -106,6 +106,9 @@ impl Vcpus {
             Place::Absent(kept) => {
                 *kept = None;
                 let fd = self.create(id, mtrrs)?;
+                // KVM delivers the guest's start signal by a table of APICs, which it brought up to date before the new
+                // vCPU was in it: setting an APIC makes it do so again.
+                fd.set_lapic(&fd.get_lapic()?)?;
                 self.places[usize::from(id)] = Place::Absent(Some(fd));
             }
             Place::Running(_) | Place::Stopping(_) => return Ok(()),

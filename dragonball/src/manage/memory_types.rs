@@ -82,6 +82,7 @@ mod tests {
             presence: Presence::Present,
             ranges: vec![range(0xC100_0000, 1 << 20, "BAR0")],
             interrupts: vec![],
+            times: None,
         };
         MachineInfo {
             vcpus: VcpuCount { asked: 1, present: 1, max: 1 },

@@ -116,6 +116,7 @@ impl Windows {
     }
 
     /// The addresses that BARs may have.
+    #[cfg(test)]
     pub(crate) fn ranges(&self) -> Vec<Range> {
         [Some(&self.low), self.high.as_ref()].into_iter().flatten().map(|window| window.range).collect()
     }

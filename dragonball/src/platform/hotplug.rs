@@ -9,6 +9,7 @@
 //! | 0x10 | PCI_UP | RC | slots that a device was put into, a bit each |
 //! | 0x14 | PCI_DOWN | RC | slots whose device shall be let go |
 //! | 0x18 | PCI_EJECT | W | slots whose device the guest has let go |
+//! | 0x1c | PCI_SETTLED | W | slots whose new device the guest has set up, with a driver if it has one |
 //! | 0x20 | CPU_SELECT | RW | the vCPU that the registers below are about |
 //! | 0x24 | CPU_STATUS | R | bit 0: it is present |
 //! | 0x28 | CPU_EVENT | RC | the next vCPU that something is asked of: number × 256 + 1 (came) or 3 (go); 0: none |
@@ -30,6 +31,7 @@ pub(crate) mod registers {
     pub(crate) const PCI_UP: u64 = 0x10;
     pub(crate) const PCI_DOWN: u64 = 0x14;
     pub(crate) const PCI_EJECT: u64 = 0x18;
+    pub(crate) const PCI_SETTLED: u64 = 0x1c;
     pub(crate) const CPU_SELECT: u64 = 0x20;
     pub(crate) const CPU_STATUS: u64 = 0x24;
     pub(crate) const CPU_EVENT: u64 = 0x28;
@@ -48,7 +50,7 @@ pub(crate) mod registers {
 
 use registers::{
     CPU_EJECT, CPU_EVENT, CPU_OST_EVENT, CPU_OST_STATUS, CPU_SELECT, CPU_STATUS, EVENT_CPU, EVENT_PCI,
-    EVENT_POWER_BUTTON, EVENTS, NOTIFY_DEVICE_CHECK, NOTIFY_EJECT, PCI_DOWN, PCI_EJECT, PCI_UP,
+    EVENT_POWER_BUTTON, EVENTS, NOTIFY_DEVICE_CHECK, NOTIFY_EJECT, PCI_DOWN, PCI_EJECT, PCI_SETTLED, PCI_UP,
 };
 
 /// Status codes of `_OST` that come before the one that counts (ACPI 6.5, §6.3.5).
@@ -78,6 +80,8 @@ impl CpuEvent {
 pub(crate) enum Told {
     /// The devices in these slots were let go, a bit each.
     PciEjected(u32),
+    /// The guest is through with the new devices in these slots, a bit each.
+    PciSettled(u32),
     /// This vCPU was let go.
     CpuEjected(u8),
     /// How the guest got on with this vCPU.
@@ -216,6 +220,7 @@ impl HotPlugRegisters {
         let selected = state.selected().filter(|id| state.is_present(*id));
         match offset {
             PCI_EJECT if value != 0 => return Some(Told::PciEjected(value)),
+            PCI_SETTLED if value != 0 => return Some(Told::PciSettled(value)),
             CPU_SELECT => state.cpu_select = value,
             CPU_EJECT if value == 1 => return selected.map(Told::CpuEjected),
             CPU_OST_EVENT => state.cpu_ost_event = value,
@@ -238,13 +243,19 @@ impl HotPlugRegisters {
     }
 
     /// The state to be saved.
-    #[cfg_attr(not(test), expect(dead_code, reason = "saved with the whole machine, which comes with templates"))]
+    #[cfg_attr(
+        not(any(test, feature = "testing")),
+        expect(dead_code, reason = "saved with the whole machine, which comes with templates")
+    )]
     pub(crate) fn save(&self) -> HotPlugState {
         self.state().clone()
     }
 
     /// Takes a saved state, before the vCPUs run.
-    #[cfg_attr(not(test), expect(dead_code, reason = "restored with the whole machine, which comes with templates"))]
+    #[cfg_attr(
+        not(any(test, feature = "testing")),
+        expect(dead_code, reason = "restored with the whole machine, which comes with templates")
+    )]
     pub(crate) fn restore(&self, saved: &HotPlugState) {
         let mut state = self.state();
         *state = saved.clone();
@@ -329,6 +340,14 @@ mod tests {
     }
 
     #[test]
+    fn the_guest_tells_of_slots_that_it_has_set_up_or_let_go() {
+        let (page, ..) = page();
+        assert_eq!(page.write(PCI_SETTLED, 1 << 4), Some(Told::PciSettled(1 << 4)));
+        assert_eq!(page.write(PCI_EJECT, 1 << 5), Some(Told::PciEjected(1 << 5)));
+        assert_eq!([page.write(PCI_SETTLED, 0), page.write(PCI_EJECT, 0)], [None, None]);
+    }
+
+    #[test]
     fn vcpus_come_one_after_the_other_and_are_told_apart() {
         let (page, ..) = page();
         page.add_cpu(200);
@@ -355,7 +374,10 @@ mod tests {
         for offset in (0..0x1000).step_by(4) {
             for value in [0, 1, 3, 0xffff_ffff] {
                 let told = page.write(offset, value);
-                assert!(told.is_none() || matches!(offset, PCI_EJECT | CPU_EJECT | CPU_OST_STATUS), "{offset:#x}");
+                assert!(
+                    told.is_none() || matches!(offset, PCI_EJECT | PCI_SETTLED | CPU_EJECT | CPU_OST_STATUS),
+                    "{offset:#x}"
+                );
                 page.read(offset);
             }
         }

@@ -2,6 +2,7 @@
 
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
 
 use kvm_ioctls::VmFd;
 
@@ -32,19 +33,31 @@ struct SharedState {
     session: Weak<Session>,
 }
 
-/// A group whose devices are this machine's, before it has a place in the guest.
+/// A group whose devices are this machine's, before it has a place in the guest. Its drop may take long: the host resets
+/// what is closed.
 pub(crate) struct PreparedGroup {
     candidates: Vec<Candidate>,
     /// Their numbers in the group's slot.
     numbers: Vec<u8>,
-    options: Options,
+    times: PrepareTimes,
+}
+
+/// How long it took to prepare a group.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct PrepareTimes {
+    /// Opening its devices.
+    pub(crate) open: Duration,
+    /// Mapping guest memory into the IOMMU; nothing where other devices are there before.
+    pub(crate) dma_map: Duration,
+    /// Resetting the devices and mapping their memory.
+    pub(crate) bar_map: Duration,
 }
 
 /// The functions of a group with their numbers in its slot.
 pub(crate) type Functions = Vec<(u8, Arc<VfioFunction>)>;
 
 /// A group's devices, opened, with what they share.
-type Opened = (Arc<Session>, Vec<Arc<dyn HostDevice>>);
+type Opened = (Arc<Session>, Vec<Arc<dyn HostDevice>>, PrepareTimes);
 
 impl Passthrough {
     /// A machine without devices of the host.
@@ -62,33 +75,41 @@ impl Passthrough {
         let addresses: Vec<Address> = group.functions.iter().map(|function| function.address).collect();
         let count = addresses.len();
         let numbers = numbers(&addresses).ok_or(VfioError::TooManyFunctions { group: group.number, count })?;
-        let (session, hosts) = self.open(&group)?;
+        let (session, hosts, mut times) = self.open(&group, config.peer_to_peer)?;
+        let start = Instant::now();
         let options = Options {
             clique: config.clique,
             peers: config.peer_to_peer.then(|| Arc::clone(&session.dma)),
             multi_function: numbers.len() > 1,
             keeper: Some(session),
         };
-        let candidates = hosts.into_iter().map(Candidate::new).collect::<Result<_, _>>()?;
-        Ok(PreparedGroup { candidates, numbers, options })
+        let candidates = hosts.into_iter().map(|host| Candidate::new(host, &options)).collect::<Result<_, _>>()?;
+        times.bar_map = start.elapsed();
+        Ok(PreparedGroup { candidates, numbers, times })
     }
 
     /// Opens all devices of a group, and gives them the guest's RAM if they are the first.
-    fn open(&self, group: &Group) -> Result<Opened, VfioError> {
+    fn open(&self, group: &Group, peers: bool) -> Result<Opened, VfioError> {
         let name = format!("IOMMU group {}", group.number);
         let refused = |source| VfioError::Host { device: name.clone(), action: "open its devices", source };
+        let start = Instant::now();
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(session) = shared.session.upgrade() {
+            if peers && !session.way.maps_devices() {
+                return Err(VfioError::NoPeers);
+            }
             let hosts = session.way.open(group).map_err(refused)?;
-            return Ok((session, hosts));
+            return Ok((session, hosts, PrepareTimes { open: start.elapsed(), ..PrepareTimes::default() }));
         }
-        let way = Way::choose(group, shared.kvm(&self.vm)).map_err(refused)?;
+        let way = Way::choose(group, shared.kvm(&self.vm), peers).map_err(refused)?;
         let hosts = way.open(group).map_err(refused)?;
         let dma = Arc::new(Dma::new(way.iommu()).map_err(refused)?);
+        let open = start.elapsed();
         let attachment = dma.follow(&self.listeners)?;
+        let times = PrepareTimes { open, dma_map: start.elapsed() - open, ..PrepareTimes::default() };
         let session = Arc::new(Session { way, dma, _attachment: attachment });
         shared.session = Arc::downgrade(&session);
-        Ok((session, hosts))
+        Ok((session, hosts, times))
     }
 }
 
@@ -106,12 +127,19 @@ impl SharedState {
 }
 
 impl PreparedGroup {
+    /// How long it took.
+    pub(crate) fn times(&self) -> PrepareTimes {
+        self.times
+    }
+
     /// Gives the functions their memory in the windows. Gives what that takes, too, to be given back when they have gone.
+    /// Takes no time. The group is empty afterwards.
     ///
     /// # Errors
-    /// When the windows have no room, or a device does not answer. Nothing is taken then.
+    /// When the windows have no room, and the group is as it was; or when there are no file descriptors left. Nothing is
+    /// taken then.
     pub(crate) fn place(
-        self,
+        &mut self,
         windows: &mut Windows,
         services: &Services,
     ) -> Result<(Functions, Vec<Range>), VfioError> {
@@ -126,14 +154,13 @@ impl PreparedGroup {
         }
     }
 
-    fn functions(self, places: &[Range], services: &Services) -> Result<Functions, VfioError> {
+    fn functions(&mut self, places: &[Range], services: &Services) -> Result<Functions, VfioError> {
         let mut rest = places;
         let mut functions = Functions::new();
-        for (candidate, number) in self.candidates.into_iter().zip(self.numbers) {
+        for (candidate, number) in self.candidates.drain(..).zip(&self.numbers) {
             let (own, others) = rest.split_at(candidate.requests().len());
             rest = others;
-            let function = VfioFunction::new(candidate, own, services, &self.options)?;
-            functions.push((number, Arc::new(function)));
+            functions.push((*number, Arc::new(VfioFunction::new(candidate, own, services)?)));
         }
         Ok(functions)
     }
@@ -157,14 +184,20 @@ enum Way {
 }
 
 impl Way {
-    /// Takes the newer way where the host has it for all devices of the group.
-    fn choose(group: &Group, kvm: Option<Arc<KvmVfio>>) -> io::Result<Self> {
+    /// Takes the newer way where the host has it for all devices of the group, unless devices shall reach each other's
+    /// memory, which only the older one maps.
+    fn choose(group: &Group, kvm: Option<Arc<KvmVfio>>, peers: bool) -> io::Result<Self> {
         let has_file = group.functions.iter().all(|function| iommufd::device_file(&function.directory).is_some());
-        Ok(if has_file && iommufd::is_usable() {
+        Ok(if has_file && iommufd::is_usable() && !peers {
             Self::Iommufd(Arc::new(iommufd::AddressSpace::open(kvm)?))
         } else {
             Self::Type1(Arc::new(type1::Container::open(kvm)?))
         })
+    }
+
+    /// Whether it maps the memory of devices for other devices. iommufd maps RAM alone (`IOMMU_IOAS_MAP`).
+    fn maps_devices(&self) -> bool {
+        matches!(self, Self::Type1(_))
     }
 
     fn iommu(&self) -> Arc<dyn Iommu> {

@@ -10,8 +10,11 @@ use super::capabilities::{CONVENTIONAL, EXTENDED};
 use super::dma::Dma;
 use super::host::{CONFIG_REGION, HostDevice, IrqKind};
 use super::overlay::{Interrupts, Msi, MsixControl, MsixLayout, Overlay};
+use super::pin::Pin;
 use super::table::Table;
 use super::vectors::{Routes, Vectors};
+use crate::irq::ioapic::IoApic;
+use crate::irq::pin::PinSource;
 use crate::memory::layout::Range;
 use crate::pci::PciFunction;
 use crate::pci::windows::BarRequest;
@@ -25,24 +28,30 @@ pub(crate) struct Services {
     pub(crate) slots: Arc<dyn Slots>,
     /// KVM's interrupt routes.
     pub(crate) routes: Arc<dyn Routes>,
+    /// What the pins of functions are joined to.
+    pub(crate) ioapic: Arc<IoApic>,
+    /// The slot that the function goes into.
+    pub(crate) slot: u8,
     /// Called at the guest's first write to a function: it has found it.
     pub(crate) found: Arc<dyn Fn() + Send + Sync>,
     /// The addresses that BARs may have: a guest that puts one elsewhere, over its RAM for instance, loses it.
     pub(crate) windows: Vec<Range>,
 }
 
-/// A device that was reset and looked at, before it has a place in the guest.
+/// A device that was reset, looked at and mapped, before it has a place in the guest.
 pub(crate) struct Candidate {
     host: Arc<dyn HostDevice>,
-    bars: Vec<BarInfo>,
+    overlay: Overlay,
+    bars: Vec<Bar>,
+    options: Options,
 }
 
 impl Candidate {
-    /// Resets a device and learns what memory it has.
+    /// Resets a device, learns what it has, and maps its memory. May take seconds.
     ///
     /// # Errors
-    /// When it does not answer, or has BARs that no specification allows.
-    pub(crate) fn new(host: Arc<dyn HostDevice>) -> Result<Self, VfioError> {
+    /// When it does not answer, has BARs that no specification allows, or its memory cannot be mapped.
+    pub(crate) fn new(host: Arc<dyn HostDevice>, options: &Options) -> Result<Self, VfioError> {
         if let Err(error) = host.reset() {
             tracing::warn!(device = host.name(), %error, "the host cannot reset it: the guest gets it as it is");
         }
@@ -52,12 +61,28 @@ impl Candidate {
             discover(&*host)
         };
         let bars = look().map_err(refused(&*host, "read its registers"))?;
-        Ok(Self { host, bars })
+        let count = |kind| host.irq(kind).count;
+        let interrupts =
+            Interrupts { intx: count(IrqKind::Intx), msi: count(IrqKind::Msi), msix: count(IrqKind::Msix) };
+        let bytes = config_space(&*host).map_err(refused(&*host, "read its configuration space"))?;
+        let mut overlay = Overlay::new(bytes, interrupts, options.clique);
+        if options.multi_function {
+            overlay.set_multi_function();
+        }
+        let trapped = |bar: &BarInfo| {
+            let layout = overlay.msix()?;
+            let (index, start) = layout.table;
+            (index == bar.index).then(|| Range { start, length: Table::new(layout.vectors).length() })
+        };
+        let map = |bar: BarInfo| Bar::map(&*host, bar, trapped(&bar));
+        let bars = bars.into_iter().map(map).collect::<io::Result<_>>();
+        let bars = bars.map_err(refused(&*host, "map its memory"))?;
+        Ok(Self { host, overlay, bars, options: options.clone() })
     }
 
     /// What its BARs ask for.
     pub(crate) fn requests(&self) -> Vec<BarRequest> {
-        self.bars.iter().map(|bar| bar.request).collect()
+        self.bars.iter().map(|bar| bar.info.request).collect()
     }
 }
 
@@ -101,52 +126,66 @@ struct State {
     msix_control: MsixControl,
     msi: Vectors,
     msi_wanted: Msi,
+    pin: Option<Pin>,
+    /// It has gone: whatever a vCPU still asks of it changes nothing.
+    retired: bool,
 }
 
 impl VfioFunction {
-    /// Makes a function with its BARs at `addresses`, which are in the order of [`Candidate::requests`].
+    /// Makes a function with its BARs at `addresses`, which are in the order of [`Candidate::requests`]. Takes no time.
     ///
     /// # Errors
-    /// When the device does not answer or its memory cannot be mapped.
-    pub(crate) fn new(
-        candidate: Candidate,
-        addresses: &[Range],
-        services: &Services,
-        options: &Options,
-    ) -> Result<Self, VfioError> {
-        let Candidate { host, bars } = candidate;
-        let interrupts = Interrupts { msi: host.irq(IrqKind::Msi).count, msix: host.irq(IrqKind::Msix).count };
-        let bytes = config_space(&*host).map_err(refused(&*host, "read its configuration space"))?;
-        let mut overlay = Overlay::new(bytes, interrupts, options.clique);
-        if options.multi_function {
-            overlay.set_multi_function();
-        }
+    /// When there are no file descriptors left for its interrupts.
+    pub(crate) fn new(candidate: Candidate, addresses: &[Range], services: &Services) -> Result<Self, VfioError> {
+        let Candidate { host, mut overlay, bars, options } = candidate;
         for (bar, address) in bars.iter().zip(addresses) {
-            overlay.set_bar(bar.index, address.start, bar.request);
+            overlay.set_bar(bar.info.index, address.start, bar.info.request);
         }
         let msix_layout = overlay.msix();
         let table = Table::new(msix_layout.map_or(0, |layout| layout.vectors));
-        let trapped = |bar: &BarInfo| {
-            let (index, start) = msix_layout?.table;
-            (index == bar.index).then(|| Range { start, length: table.length() })
-        };
-        let map = |bar: BarInfo| Bar::map(&*host, bar, trapped(&bar));
-        let bars = bars.into_iter().map(map).collect::<io::Result<_>>();
-        let bars = bars.map_err(refused(&*host, "map its memory"))?;
+        let pin = overlay.pin().map(|pin| Pin::new(&host, &services.ioapic, services.slot, pin)).transpose();
+        let pin = pin.map_err(refused(&*host, "make its interrupt"))?;
         let vectors = |kind| Vectors::new(kind, Arc::clone(&host), Arc::clone(&services.routes));
         let state = State {
             overlay,
             bars,
             table,
+            pin,
             msix: vectors(IrqKind::Msix),
             msix_control: MsixControl::default(),
             msi: vectors(IrqKind::Msi),
             msi_wanted: Msi::default(),
+            retired: false,
         };
         let view = View { slots: Arc::clone(&services.slots), peers: options.peers.clone() };
         let windows = services.windows.clone();
         let found = Mutex::new(Some(Arc::clone(&services.found)));
-        Ok(Self { host, windows, view, msix_layout, found, state: Mutex::new(state), _keeper: options.keeper.clone() })
+        Ok(Self { host, windows, view, msix_layout, found, state: Mutex::new(state), _keeper: options.keeper })
+    }
+
+    /// Its pin, for the `vmm` thread to watch.
+    pub(crate) fn pin(&self) -> Option<Arc<PinSource>> {
+        self.state().pin.as_ref().map(|pin| Arc::clone(pin.source()))
+    }
+
+    /// The device stops interrupting, vanishes from the guest, and is reset for whoever gets it next. May take seconds.
+    pub(crate) fn retire(&self) {
+        let mut state = self.state();
+        if std::mem::replace(&mut state.retired, true) {
+            return;
+        }
+        state.msix.set(&[]);
+        state.msi.set(&[]);
+        if let Some(pin) = &mut state.pin {
+            pin.set(false);
+        }
+        for bar in &mut state.bars {
+            bar.leave(None, &self.view);
+        }
+        let stopped = self.host.write(CONFIG_REGION, COMMAND, &[0; 2]).and_then(|()| self.host.reset());
+        if let Err(error) = stopped {
+            tracing::warn!(device = self.host.name(), %error, "the host cannot reset it");
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -185,16 +224,27 @@ impl VfioFunction {
         }
     }
 
-    /// Tells the host what of its interrupts the guest has changed.
+    /// Tells the host what of its interrupts the guest has changed. The pin comes last when it is switched on and first when
+    /// it is switched off: the host lets a device interrupt in one way at a time.
     fn update_interrupts(state: &mut State) {
-        let control = state.overlay.msix_control();
+        let (control, msi) = (state.overlay.msix_control(), state.overlay.msi());
+        let by_message = control.enabled || msi.as_ref().is_some_and(|msi| msi.enabled);
+        let by_pin = !by_message && state.overlay.decodes_memory();
+        let mut set_pin = |on: bool| {
+            if let Some(pin) = state.pin.as_mut().filter(|_| on == by_pin) {
+                pin.set(on);
+            }
+        };
+        set_pin(false);
         if control != state.msix_control {
             state.msix_control = control;
             state.msix.set(&state.table.wanted(control));
         }
-        let Some(msi) = state.overlay.msi().filter(|msi| *msi != state.msi_wanted) else { return };
-        state.msi.set(if msi.enabled { &msi.vectors } else { &[] });
-        state.msi_wanted = msi;
+        if let Some(msi) = msi.filter(|msi| *msi != state.msi_wanted) {
+            state.msi.set(if msi.enabled { &msi.vectors } else { &[] });
+            state.msi_wanted = msi;
+        }
+        set_pin(true);
     }
 
     /// The place of an access in the table of MSI-X.
@@ -242,6 +292,9 @@ impl PciFunction for VfioFunction {
         }
         let mut guard = self.state();
         let state = &mut *guard;
+        if state.retired {
+            return false;
+        }
         let register = usize::from(register);
         let places =
             |state: &State| -> Vec<_> { state.bars.iter().map(|bar| self.place(&state.overlay, &bar.info)).collect() };
@@ -297,6 +350,9 @@ impl PciFunction for VfioFunction {
     fn write_memory(&self, bar: u8, offset: u64, data: &[u8]) {
         let bar = usize::from(bar);
         let mut state = self.state();
+        if state.retired {
+            return;
+        }
         if let Some(offset) = self.in_table(&state, bar, offset) {
             state.table.write(offset, data);
             let wanted = state.table.wanted(state.msix_control);
@@ -311,18 +367,8 @@ impl PciFunction for VfioFunction {
 }
 
 impl Drop for VfioFunction {
-    /// The device stops interrupting, vanishes from the guest, and is reset for whoever gets it next.
     fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        state.msix.set(&[]);
-        state.msi.set(&[]);
-        for bar in &mut state.bars {
-            bar.leave(None, &self.view);
-        }
-        let stopped = self.host.write(CONFIG_REGION, COMMAND, &[0; 2]).and_then(|()| self.host.reset());
-        if let Err(error) = stopped {
-            tracing::warn!(device = self.host.name(), %error, "the host cannot reset it");
-        }
+        self.retire();
     }
 }
 

@@ -5,7 +5,8 @@
 //! | `host/` | the kernel's interfaces: groups of type 1, iommufd, sysfs, and the traits that stand for them |
 //! | `capabilities.rs`, `overlay.rs` | what the guest sees of a device's configuration space |
 //! | `bars.rs`, `mapping.rs` | the device's memory: where the guest has it, and how it is mapped |
-//! | `table.rs`, `vectors.rs` | its interrupts: what the guest programs, and their way into KVM |
+//! | `table.rs`, `vectors.rs` | its interrupts by message: what the guest programs, and their way into KVM |
+//! | `pin.rs` | its interrupts by a pin |
 //! | `device.rs` | a PCI function made of these |
 //! | `dma.rs` | the guest's memory as the device sees it |
 //! | `attach.rs` | a whole IOMMU group as functions of the machine |
@@ -24,6 +25,7 @@ mod dma;
 mod host;
 mod mapping;
 mod overlay;
+mod pin;
 #[cfg(any(test, feature = "testing"))]
 pub mod scene;
 mod table;
@@ -31,8 +33,8 @@ mod table;
 mod testing;
 mod vectors;
 
-pub(crate) use attach::{Passthrough, PreparedGroup};
-pub(crate) use device::Services;
+pub(crate) use attach::{Passthrough, PrepareTimes, PreparedGroup};
+pub(crate) use device::{Services, VfioFunction};
 
 /// Why a device of the host cannot be given to the guest.
 #[derive(Debug, thiserror::Error)]
@@ -92,6 +94,12 @@ pub(crate) enum VfioError {
         #[source]
         source: io::Error,
     },
+    /// Devices that were given by iommufd cannot reach others.
+    #[error(
+        "peer-to-peer is not possible beside devices that the host gives by iommufd, which maps memory of no device: add the \
+         devices that reach each other first, or all with peer-to-peer"
+    )]
+    NoPeers,
     /// A slot has no place for all functions of a group.
     #[error(
         "IOMMU group {group} has {count} functions, a slot of the guest has eight: use a slot of the host that isolates its \

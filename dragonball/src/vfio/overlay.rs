@@ -25,6 +25,8 @@ const HEADER_TYPE: usize = 0x0e;
 const MULTI_FUNCTION: u8 = 1 << 7;
 pub(super) const BAR_REGISTERS: usize = 0x10;
 const INTERRUPT_PIN: usize = 0x3d;
+/// Pin D; A is 1, and 0 is none.
+const LAST_PIN: u8 = 4;
 
 /// What happens to the bits of a 32-bit register. What is none of the three can be read from the device.
 struct Register {
@@ -101,6 +103,7 @@ fn visible_extended(capability: &Capability) -> bool {
 /// How many interrupts of each kind can be passed on.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Interrupts {
+    pub(super) intx: u32,
     pub(super) msi: u32,
     pub(super) msix: u32,
 }
@@ -172,11 +175,12 @@ impl Overlay {
             power: None,
             low_power: false,
         };
+        let pin = overlay.values[INTERRUPT_PIN];
         for register in &HEADER {
             overlay.apply(register);
         }
         overlay.values[HEADER_TYPE] = 0;
-        overlay.values[INTERRUPT_PIN] = 0;
+        overlay.values[INTERRUPT_PIN] = if interrupts.intx > 0 && pin <= LAST_PIN { pin } else { 0 };
         overlay.link(&first, interrupts, clique);
         overlay.link_extended(&second);
         overlay
@@ -410,6 +414,11 @@ impl Overlay {
         let message = |vector: u16| Message { address, data: u32::from(data & !(count - 1) | vector) };
         let vectors = (0..count).map(|vector| (mask >> vector & 1 == 0).then(|| message(vector))).collect();
         Some(Msi { enabled: control & 1 != 0, vectors })
+    }
+
+    /// The pin that the function interrupts by, 1 to 4, while it does so by no message.
+    pub(super) fn pin(&self) -> Option<u8> {
+        Some(self.values[INTERRUPT_PIN]).filter(|pin| *pin > 0)
     }
 
     /// Where MSI-X is, if the function has it.

@@ -21,12 +21,12 @@ pub fn drive_host_device(mut script: Script<'_>) {
     let (kvm, host) = (Arc::new(FakeKvm::default()), Arc::new(Synthetic::new(8 << 30)));
     let bus = PciBus::default();
     let mut windows = Windows::new(PCI_32, Some(HIGH));
-    let Ok(candidate) = Candidate::new(Arc::clone(&host) as _) else { panic!("the device answers") };
-    let Ok(places) = windows.place(&candidate.requests()) else { panic!("the windows have room") };
-    let services = services(&kvm, &windows.ranges());
-    let Ok(function) = VfioFunction::new(candidate, &places, &services, &Options::default()) else {
+    let Ok(candidate) = Candidate::new(Arc::clone(&host) as _, &Options::default()) else {
         panic!("the device answers")
     };
+    let Ok(places) = windows.place(&candidate.requests()) else { panic!("the windows have room") };
+    let services = services(&kvm, &[PCI_32, HIGH]);
+    let Ok(function) = VfioFunction::new(candidate, &places, &services) else { panic!("the device answers") };
     bus.add(SLOT, Arc::new(function));
     while !script.is_over() {
         let kind = script.byte();

@@ -19,6 +19,7 @@ use super::host::{BARS, CONFIG_REGION, HostDevice, IrqInfo, IrqKind, Region};
 use super::mapping::Mapping;
 use super::vectors::Routes;
 use crate::irq::Message;
+use crate::irq::ioapic::{IoApic, MessageSink};
 use crate::irq::router::Gsi;
 use crate::memory::SlotId;
 use crate::memory::layout::Range;
@@ -57,6 +58,8 @@ pub(super) struct State {
     pub(super) resets: usize,
     /// Calls that set events.
     pub(super) settings: usize,
+    /// Calls that let the pin interrupt again.
+    pub(super) unmasked: usize,
 }
 
 impl Synthetic {
@@ -114,6 +117,7 @@ fn config() -> Vec<u8> {
         bytes[offset..offset + 4].copy_from_slice(&register.to_le_bytes());
     }
     bytes[0x34] = 0x60;
+    bytes[0x3d] = 1;
     bytes[POWER..POWER + 8].copy_from_slice(&[1, 0x68, 3, 0, 8, 0, 0, 0]);
     bytes[MSI..MSI + 4].copy_from_slice(&[5, 0x80, 0x84, 0]);
     let table = TABLE.1.to_le_bytes();
@@ -183,7 +187,8 @@ impl HostDevice for Synthetic {
         if end > limit || end > present && present > 0 && !self.irq(kind).grows {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        if kind == IrqKind::Msi && !state.events[IrqKind::Msix as usize].is_empty() {
+        let others = (0..state.events.len()).filter(|other| *other != kind as usize);
+        if others.into_iter().any(|other| !state.events[other].is_empty()) {
             return Err(io::ErrorKind::InvalidInput.into());
         }
         let lines = &mut state.events[kind as usize];
@@ -196,6 +201,15 @@ impl HostDevice for Synthetic {
 
     fn stop_events(&self, kind: IrqKind) -> io::Result<()> {
         self.state().events[kind as usize].clear();
+        Ok(())
+    }
+
+    fn unmask_pin(&self) -> io::Result<()> {
+        let mut state = self.state();
+        if state.events[IrqKind::Intx as usize].is_empty() {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        state.unmasked += 1;
         Ok(())
     }
 
@@ -218,6 +232,8 @@ pub(super) struct FakeKvm {
     /// Calls that changed routes.
     pub(super) changes: Mutex<usize>,
     attached: Mutex<BTreeMap<Gsi, EventFd>>,
+    /// What the IOAPIC has sent.
+    pub(super) sent: Mutex<Vec<Message>>,
 }
 
 impl FakeKvm {
@@ -240,6 +256,14 @@ impl FakeKvm {
         ranges.sort();
         ranges
     }
+}
+
+impl MessageSink for FakeKvm {
+    fn send(&self, message: Message) {
+        locked(&self.sent).push(message);
+    }
+
+    fn watch_end(&self, _pin: u8, _message: Option<Message>) {}
 }
 
 impl Slots for FakeKvm {
@@ -296,6 +320,8 @@ pub(super) fn services(kvm: &Arc<FakeKvm>, windows: &[Range]) -> super::device::
     super::device::Services {
         slots: Arc::clone(kvm) as _,
         routes: Arc::clone(kvm) as _,
+        ioapic: Arc::new(IoApic::new(Arc::clone(kvm) as _)),
+        slot: 1,
         windows: windows.to_vec(),
         found: Arc::new(|| ()),
     }

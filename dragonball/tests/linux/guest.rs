@@ -96,6 +96,27 @@ impl Guest {
         guest
     }
 
+    /// How often what comes and goes does so: `TATAMI_TEST_ROUNDS`, or `usual` times.
+    pub(crate) fn rounds(usual: usize) -> usize {
+        std::env::var("TATAMI_TEST_ROUNDS").map_or(usual, |rounds| rounds.parse().unwrap())
+    }
+
+    /// Brings all vCPUs online that are there, which must be `count`.
+    pub(crate) fn bring_online(&mut self, count: u8) {
+        let online = self.run(
+            "for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do \
+             [ ! -e $cpu ] || [ $(cat $cpu) = 1 ] || echo 1 > $cpu; done; nproc",
+        );
+        assert_eq!(online, format!("{count}\n"));
+    }
+
+    /// Whether the guest's kernel shows the memory types of its page tables; it then does so until its end.
+    pub(crate) fn shows_page_table_types(&mut self) -> bool {
+        let command = "mkdir -p /sys/kernel/debug; mount -t debugfs debugfs /sys/kernel/debug; \
+                       grep -c . /sys/kernel/debug/x86/pat_memtype_list";
+        self.run(command).trim().parse::<u32>().is_ok_and(|lines| lines > 0)
+    }
+
     /// A directory that goes away with the guest.
     pub(crate) fn directory(&self) -> &Path {
         self.directory.path()
@@ -176,8 +197,7 @@ fn archive(files: &[(&str, &[u8])]) -> Vec<u8> {
         archive.extend(content);
         archive.resize(archive.len().next_multiple_of(4), 0);
     };
-    entry("bin", 0o040_755, &[]);
-    entry("dev", 0o040_755, &[]);
+    ["bin", "dev", "modules"].into_iter().for_each(|directory| entry(directory, 0o040_755, &[]));
     files.iter().for_each(|(path, content)| entry(path, 0o100_755, content));
     entry("TRAILER!!!", 0, &[]);
     archive

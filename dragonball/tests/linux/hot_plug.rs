@@ -89,6 +89,9 @@ fn a_device_is_taken_from_a_guest_that_was_resized_in_the_middle() {
     let mut guest = Guest::start(machine(kernel));
     let manager = guest.vm.manager();
     let image = file(guest.directory(), "disk", 16 << 20);
+    // One alone: others that come up would make KVM find it.
+    assert_eq!(manager.resize_vcpus(2, LONG).unwrap().present, 2);
+    assert_eq!(guest.run("echo 1 > /sys/devices/system/cpu/cpu1/online; nproc"), "2\n");
     let work = "for cpu in 1 2 3; do (while true; do :; done) & done";
     guest.run(work);
     for _ in 0..2 {

@@ -4,7 +4,9 @@
 //!
 //! The guests have this process's standard streams while they start, so the tests run one after the other.
 
+mod growth;
 mod guest;
 mod hot_plug;
 mod memory;
+mod memory_types;
 mod passthrough;

@@ -1,10 +1,11 @@
-//! The lab's GPU model: registers, video memory to its last byte, copies both ways, a computation, and a reset. Its
-//! registers are listed in the documentation of the package `gpu-model`.
+//! The lab's GPU model: registers, video memory to its last byte, copies both ways, a computation, an interrupt, and a
+//! reset. Its registers are listed in the documentation of the package `gpu-model`.
 
 use std::fs;
 
 use crate::Outcome;
-use crate::memory::{PAGE, Pages};
+use crate::interrupt::Counted;
+use crate::memory::{HUGE_PAGE, HugePages, PAGE, Pages};
 use crate::pci::{Function, Registers};
 
 const ID: usize = 0x0000;
@@ -17,13 +18,23 @@ const ADDEND: usize = 0x101c;
 const COMMAND: usize = 0x1020;
 const STATUS: usize = 0x1024;
 const DONE: u32 = 1 << 1;
+const CHECKSUM: usize = 0x1030;
+const FAULT_ADDRESS: usize = 0x1038;
 const RESETS: usize = 0x104c;
 const TO_VIDEO: u32 = 1;
 const TO_MEMORY: u32 = 2;
 const COMPUTE: u32 = 3;
+const SUM: u32 = 4;
+
+/// The error of an address on the bus that nothing is at.
+const BUS_ADDRESS: u32 = 1;
 
 /// Pages that are moved.
-const PAGES: usize = 256;
+const PAGES: usize = 16;
+/// The vector of MSI-X that a copy interrupts by.
+const VECTOR: u8 = 3;
+/// Bytes that are moved where it shall be much.
+const MUCH: usize = 256 << 20;
 
 /// Moves pages into the video memory, computes there, moves them back, and resets the device.
 pub(crate) fn check(function: &Function) -> Outcome {
@@ -54,6 +65,11 @@ pub(crate) fn check(function: &Function) -> Outcome {
     if let Some(index) = (0..words).find(|index| result.read(*index) != expected(*index)) {
         return Err(format!("word {index} is {:#x} instead of {:#x}", result.read(index), expected(index)));
     }
+    let counted = Counted::find()?;
+    counted.with_msix(function, VECTOR.into(), || {
+        let command = TO_MEMORY | u32::from(VECTOR) << 8;
+        counted.expect("MSI-X", || run(&registers, command, base, result.address(0)?, PAGE))
+    })?;
     let resets = registers.read(RESETS);
     fs::write(function.file("reset"), "1").map_err(|error| format!("it cannot be reset: {error}"))?;
     let after = registers.read(RESETS);
@@ -61,7 +77,7 @@ pub(crate) fn check(function: &Function) -> Outcome {
         return Err(format!("{resets} resets before, {after} after one"));
     }
     Ok(format!(
-        "video memory of {} MiB at {first:#x} ({kind}) to its end, {PAGES} pages there, computed and back, reset",
+        "video memory of {} MiB at {first:#x} ({kind}) to its end, {PAGES} pages there, computed and back, MSI-X, reset",
         size >> 20
     ))
 }
@@ -88,14 +104,64 @@ fn pattern(index: usize) -> u32 {
     u32::try_from(index).unwrap_or_default().wrapping_mul(0x85eb_ca6b) ^ 0xa5a5_0000
 }
 
-fn run(registers: &Registers, operation: u32, source: u64, destination: u64, length: usize) -> Result<(), String> {
+/// Moves 256 MiB into the video memory and back to where they were cleared meanwhile; the device's sum over what it moved
+/// is the one over what is there.
+pub(crate) fn move_much(function: &Function) -> Outcome {
+    function.enable().map_err(|error| error.to_string())?;
+    let registers = function.map("resource0", 0, 16 << 20)?;
+    let mut pages = HugePages::new(MUCH / HUGE_PAGE)?;
+    pages.words().iter_mut().enumerate().for_each(|(index, word)| *word = pattern(index));
+    let sum = checksum(pages.words());
+    let mut addresses = Vec::new();
+    for page in 0..pages.count() {
+        addresses.push(pages.address(page)?);
+    }
+    let place = |page: usize| (page * HUGE_PAGE) as u64;
+    for (page, address) in addresses.iter().enumerate() {
+        run(&registers, TO_VIDEO, *address, place(page), HUGE_PAGE)?;
+    }
+    run(&registers, SUM, 0, 0, MUCH)?;
+    let there = registers.read_64(CHECKSUM);
+    pages.words().fill(0);
+    for (page, address) in addresses.iter().enumerate() {
+        run(&registers, TO_MEMORY, place(page), *address, HUGE_PAGE)?;
+    }
+    let back = checksum(pages.words());
+    if (there, back) == (sum, sum) {
+        Ok(format!("{} MiB there and back, checksum {sum:#018x}", MUCH >> 20))
+    } else {
+        Err(format!("checksums: {sum:#x} before, {there:#x} in video memory, {back:#x} back"))
+    }
+}
+
+/// Reads or writes a page at an address on the bus that the caller knows to be there or not: says what the device met.
+pub(crate) fn access(function: &Function, address: u64, write: bool) -> Outcome {
+    function.enable().map_err(|error| error.to_string())?;
+    let registers = function.map("resource0", 0, 16 << 20)?;
+    let result =
+        if write { run(&registers, TO_MEMORY, 0, address, PAGE) } else { run(&registers, TO_VIDEO, address, 0, PAGE) };
+    if result.is_ok() {
+        return Ok("reached".to_owned());
+    }
+    let (error, place) = (registers.read(STATUS) >> 8 & 0xff, registers.read_64(FAULT_ADDRESS));
+    if error == BUS_ADDRESS { Ok(format!("fault at {place:#x}")) } else { Err(format!("error {error}")) }
+}
+
+/// The sum that the device makes (package `gpu-model`, `registers::checksum`).
+fn checksum(words: &[u32]) -> u64 {
+    const PRIME: u64 = 0x0100_0000_01b3;
+    words.iter().fold(0xcbf2_9ce4_8422_2325, |sum, word| (sum ^ u64::from(*word)).wrapping_mul(PRIME))
+}
+
+/// `command` is an operation, and in bits 8 to 15 the vector by which its end interrupts.
+fn run(registers: &Registers, command: u32, source: u64, destination: u64, length: usize) -> Result<(), String> {
     registers.write_64(SOURCE, source);
     registers.write_64(DESTINATION, destination);
     registers.write_64(LENGTH, length as u64);
-    registers.write(COMMAND, operation);
+    registers.write(COMMAND, command);
     let ended = registers.wait(STATUS, |status| status & DONE != 0);
     match registers.read(STATUS) {
         status if ended && status >> 8 & 0xff == 0 => Ok(()),
-        status => Err(format!("operation {operation} from {source:#x} to {destination:#x} ends with {status:#x}")),
+        status => Err(format!("operation {command:#x} from {source:#x} to {destination:#x} ends with {status:#x}")),
     }
 }

@@ -51,10 +51,68 @@ impl Function {
     /// Switches memory decoding and bus mastering on.
     pub(crate) fn enable(&self) -> io::Result<()> {
         fs::write(self.file("enable"), "1")?;
-        let config = File::options().read(true).write(true).open(self.file("config"))?;
+        let config = self.config()?;
         let mut command = [0];
         config.read_exact_at(&mut command, COMMAND)?;
         config.write_all_at(&[command[0] | MEMORY_AND_MASTER], COMMAND)
+    }
+
+    fn config(&self) -> io::Result<File> {
+        File::options().read(true).write(true).open(self.file("config"))
+    }
+
+    /// 16 bits of configuration space; nothing where the function does not answer.
+    pub(crate) fn config_16(&self, offset: u64) -> Option<u16> {
+        let mut bytes = [0; 2];
+        self.config().ok()?.read_exact_at(&mut bytes, offset).ok()?;
+        Some(u16::from_le_bytes(bytes))
+    }
+
+    /// 32 bits of configuration space.
+    pub(crate) fn config_32(&self, offset: u64) -> Option<u32> {
+        let mut bytes = [0; 4];
+        self.config().ok()?.read_exact_at(&mut bytes, offset).ok()?;
+        Some(u32::from_le_bytes(bytes))
+    }
+
+    /// Writes configuration space.
+    pub(crate) fn set_config(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.config()?.write_all_at(data, offset)
+    }
+
+    /// Where the capability of this kind is.
+    pub(crate) fn capability(&self, id: u8) -> Option<u64> {
+        const FIRST: u64 = 0x34;
+        const MOST: usize = 48;
+        let mut at = u64::from(self.config_16(FIRST)?.to_le_bytes()[0] & !3);
+        for _ in 0..MOST {
+            let [found, next] = self.config_16(at).filter(|_| at != 0)?.to_le_bytes();
+            if found == id {
+                return Some(at);
+            }
+            at = u64::from(next & !3);
+        }
+        None
+    }
+
+    /// Gives it to the kernel's driver for devices whose drivers are programs, and tells by which file that one speaks.
+    pub(crate) fn uio(&self) -> Result<PathBuf, String> {
+        let explain = |error: io::Error| format!("uio_pci_generic does not take it: {error}");
+        let driver = PathBuf::from("/sys/bus/pci/drivers/uio_pci_generic");
+        if !self.file("uio").exists() {
+            let id = format!("{:04x} {:04x}", self.vendor, self.device);
+            match fs::write(driver.join("new_id"), id) {
+                // It knows the kind from before.
+                Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+                    let name = self.directory.file_name().unwrap_or_default();
+                    fs::write(driver.join("bind"), name.as_encoded_bytes()).map_err(explain)?;
+                }
+                other => other.map_err(explain)?,
+            }
+        }
+        let mut entries = fs::read_dir(self.file("uio")).map_err(explain)?;
+        let entry = entries.next().ok_or("uio_pci_generic made no file for it")?.map_err(explain)?;
+        Ok(PathBuf::from("/dev").join(entry.file_name()))
     }
 
     /// Maps `length` bytes of the file of a BAR, such as `resource0`.

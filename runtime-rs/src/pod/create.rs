@@ -7,7 +7,7 @@ use config::Config;
 use journal::{Effect, EffectId};
 use protobuf::well_known_types::any::Any;
 use protobuf::{Message, MessageField};
-use protocols::agent::ContainerOptions;
+use protocols::agent::{ContainerOptions, PciDevice};
 use protocols::containerd::api::{CreateTaskRequest, Mount};
 use protocols::containerd::events::task::{TaskCreate, TaskIO};
 use protocols::containerd::topics::TASK_CREATE_EVENT_TOPIC;
@@ -16,17 +16,18 @@ use protocols::{BUNDLES_DIR, CONTAINER_OPTIONS_TYPE_URL, SHARED_DIR};
 
 use super::Pod;
 use super::containers::{self, Container, Hold};
-use super::operations;
 use super::process::Process;
-use super::sandbox::{Blueprint, Sandbox};
+use super::sandbox::Sandbox;
 use super::stdio::{Names, Pumps};
+use super::{devices, operations};
 use crate::error::Error;
 use crate::host::blocking;
 use crate::host::cgroup::PodCgroup;
 use crate::host::share::{self, Share};
+use crate::machine::Blueprint;
 use crate::paths;
 use crate::sizing::{Demand, Host, Range};
-use crate::spec::{Bind, GuestSpec, Role, Spec};
+use crate::spec::{Bind, GuestSpec, Passed, Role, Spec};
 
 /// Makes container `request.id`, and the sandbox if it is the first one.
 ///
@@ -78,6 +79,7 @@ struct Prepared {
     guest: GuestSpec,
     effects: Vec<EffectId>,
     limits: Demand,
+    devices: Vec<Passed>,
     sandbox: Arc<Sandbox>,
 }
 
@@ -86,11 +88,11 @@ struct Prepared {
 async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<Prepared>, Error> {
     let bundle = PathBuf::from(&request.bundle);
     let spec = blocking::run("bundle", move || Spec::read(&bundle)).await??;
-    let (role, limits) = (spec.role(&request.id), spec.limits());
+    let (role, limits, devices) = (spec.role(&request.id), spec.limits(), spec.devices());
     if let Role::Member(_) = role {
         let sandbox = Arc::clone(pod.sandbox()?);
         let (guest, effects) = store(pod, request, spec).await?;
-        return Ok(Some(Prepared { guest, effects, limits, sandbox }));
+        return Ok(Some(Prepared { guest, effects, limits, devices, sandbox }));
     }
     let named = containers::config_path(request.options.as_ref())?;
     let announced = match role {
@@ -98,13 +100,16 @@ async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<P
         Role::Sandbox(_) => Demand::of_sandbox(&spec.annotations()),
         _ => Some(limits),
     };
-    let blueprint = found(pod, &spec, announced, named).await?;
+    let mut blueprint = found(pod, &spec, announced, named).await?;
+    blueprint.devices = devices.iter().map(|device| device.path.clone()).collect();
+    // Only a pod of several containers gets one later than its machine.
+    blueprint.devices_can_come = matches!(role, Role::Sandbox(_)) && devices::may_be_asked_for();
     if let Role::Sandbox(_) = role {
         boot(pod, &blueprint).await?;
         return Ok(None);
     }
     match tokio::join!(store(pod, request, spec), boot(pod, &blueprint)) {
-        (Ok((guest, effects)), Ok(sandbox)) => Ok(Some(Prepared { guest, effects, limits, sandbox })),
+        (Ok((guest, effects)), Ok(sandbox)) => Ok(Some(Prepared { guest, effects, limits, devices, sandbox })),
         (Ok((_, effects)), Err(error)) => {
             containers::undo(pod, effects).await;
             Err(error)
@@ -143,7 +148,7 @@ async fn found(
         if config.hypervisor.enable_debug {
             pod.journal.record(Effect::File { path: pod.paths.console() })?;
         }
-        Ok(Blueprint { config, size, hostname })
+        Ok(Blueprint { config, size, hostname, devices: Vec::new(), devices_can_come: false })
     })
     .await?
 }
@@ -189,13 +194,17 @@ fn pause(request: &CreateTaskRequest) -> Container {
 
 /// Makes the machine large enough for the container, and the container in the guest.
 async fn make(pod: &Arc<Pod>, request: &CreateTaskRequest, prepared: Prepared) -> Result<Container, Error> {
-    let Prepared { guest, effects, limits, sandbox } = prepared;
+    let Prepared { guest, effects, limits, devices, sandbox } = prepared;
     let names = names(request);
     let made = async {
-        let resized = sandbox.resizer.hold(&request.id, limits);
-        pod.gate.unless_closed(resized).await?;
-        let made = make_in_guest(pod, request, guest, &names, &sandbox).await;
+        pod.gate.unless_closed(sandbox.resizer.hold(&request.id, limits)).await?;
+        let made = async {
+            let devices = pod.gate.unless_closed(sandbox.devices.take(&request.id, &devices)).await?;
+            make_in_guest(pod, request, (guest, devices), &names, &sandbox).await
+        };
+        let made = made.await;
         if made.is_err() {
+            sandbox.devices.give_back(&request.id).await;
             sandbox.resizer.release(&request.id, None).await;
         }
         made
@@ -216,12 +225,12 @@ async fn make(pod: &Arc<Pod>, request: &CreateTaskRequest, prepared: Prepared) -
 async fn make_in_guest(
     pod: &Arc<Pod>,
     request: &CreateTaskRequest,
-    guest: GuestSpec,
+    (guest, devices): (GuestSpec, Vec<PciDevice>),
     names: &Names,
     sandbox: &Sandbox,
 ) -> Result<Pumps, Error> {
     let (streams, pumps) = Pumps::start(names, &pod.streams, &pod.first_byte).await?;
-    let request = guest_request(&request.id, guest, &streams)?;
+    let request = guest_request(&request.id, guest, devices, &streams)?;
     let context = ttrpc::context::with_duration(sandbox.create_timeout);
     let created = async { sandbox.task.create(context, &request).await.map_err(|error| sandbox.explain(error)) };
     pod.gate.unless_closed(created).await?;
@@ -238,8 +247,13 @@ fn names(request: &CreateTaskRequest) -> Names {
 }
 
 /// The request as the agent takes it: paths of the guest, streams, and the rewritten specification.
-fn guest_request(id: &str, guest: GuestSpec, streams: &Names) -> Result<CreateTaskRequest, Error> {
-    let options = ContainerOptions { spec: guest.json, ..ContainerOptions::default() };
+fn guest_request(
+    id: &str,
+    guest: GuestSpec,
+    devices: Vec<PciDevice>,
+    streams: &Names,
+) -> Result<CreateTaskRequest, Error> {
+    let options = ContainerOptions { spec: guest.json, devices, ..ContainerOptions::default() };
     let options = Any {
         type_url: CONTAINER_OPTIONS_TYPE_URL.to_owned(),
         value: options.write_to_bytes().map_err(|error| Error::Invalid(error.to_string()))?,

@@ -2,6 +2,7 @@
 
 pub mod containers;
 pub mod create;
+pub mod devices;
 pub mod events;
 pub mod gate;
 pub mod lifetime;

@@ -198,6 +198,7 @@ async fn free(pod: &Arc<Pod>, container: &Container) {
     if let Ok(sandbox) = pod.sandbox()
         && pod.containers.has_others(&container.id)
     {
+        sandbox.devices.give_back(&container.id).await;
         sandbox.resizer.release(&container.id, None).await;
     }
     pod.containers.remove(&container.id);

@@ -5,7 +5,6 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use config::Config;
 use protocols::agent::{SetupRequest, SetupResponse, Storage};
 use protocols::agent_ttrpc::AgentServiceClient;
 use protocols::containerd::shim_async::TaskClient;
@@ -19,11 +18,11 @@ use ttrpc::asynchronous::Client;
 use ttrpc::asynchronous::transport::Socket;
 
 use super::Pod;
+use super::devices::Devices;
 use super::resize::Resizer;
 use crate::error::Error;
 use crate::host::blocking;
-use crate::machine::{ExitReason, Machine, Plan};
-use crate::sizing::Range;
+use crate::machine::{Blueprint, ExitReason, Machine, Plan};
 
 /// The agent mounts one file system and sets a few files and sysctls.
 const SETUP_DEADLINE: Duration = Duration::from_secs(30);
@@ -42,19 +41,10 @@ pub struct Sandbox {
     pub agent: AgentServiceClient,
     /// Keeps the machine as large as its containers need.
     pub resizer: Resizer,
+    /// The devices of the host that its containers have.
+    pub devices: Devices,
     /// How long the agent may take for one container.
     pub create_timeout: Duration,
-}
-
-/// What the configuration, the annotations and the limits of a sandbox decide.
-#[derive(Debug, Clone)]
-pub struct Blueprint {
-    /// The configuration with the annotations applied.
-    pub config: Config,
-    /// The machine's size.
-    pub size: Range,
-    /// The guest's host name.
-    pub hostname: String,
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -76,10 +66,10 @@ impl Sandbox {
     ///
     /// [`Error::Launch`], [`Error::GuestEnded`], [`Error::GuestHangs`], or the agent's answer. The machine has ended then.
     pub async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Self, Error> {
-        let Blueprint { config, size, hostname } = blueprint;
+        let Blueprint { config, size, hostname, .. } = blueprint;
         let listeners = listen(pod)?;
         let console = config.hypervisor.enable_debug.then(|| pod.paths.console());
-        let plan = Plan::new(config, *size, &pod.paths.vsock(), &pod.paths.shared(), console);
+        let plan = Plan::new(blueprint, &pod.paths.vsock(), &pod.paths.shared(), console);
         let launcher = Arc::clone(&pod.launcher);
         let machine = blocking::run("launch", move || launcher.launch(&plan)).await??;
         let exit = watch(machine.exit_event()).map_err(Error::host("watch", "the virtual machine"))?;
@@ -102,6 +92,7 @@ impl Sandbox {
         let agent = AgentServiceClient::new(client.clone());
         let create_timeout = config.agent.create_container_timeout;
         let sandbox = Self {
+            devices: Devices::start(machine.hardware(), &blueprint.devices, create_timeout).await?,
             resizer: Resizer::start(machine.hardware(), agent.clone(), *size, create_timeout),
             machine,
             exit,

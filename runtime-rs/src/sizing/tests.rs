@@ -133,6 +133,15 @@ fn limits_above_a_configured_maximum_are_refused_with_need_have_and_remedy() {
 }
 
 #[test]
+fn a_machine_without_room_takes_limits_that_it_satisfies() {
+    let range = Range::plan(&Config::default(), Some(Demand::default()), HOST).unwrap();
+    assert_eq!(range.target(Demand { cpu: MILLION / 2, memory: 128 * MIB }), Ok(range.boot));
+    assert_eq!(range.target(Demand { cpu: MILLION, memory: 256 * MIB }), Ok(range.boot));
+    assert!(matches!(range.target(cpus(2)), Err(SizeError::Vcpus { needed: 3, .. })));
+    assert!(matches!(range.target(mib(257)), Err(SizeError::Memory { .. })));
+}
+
+#[test]
 fn a_machine_of_fixed_size_has_what_was_announced_and_stays_so() {
     let config = config(|config| config.runtime.static_sandbox_resource_mgmt = true);
     let announced = Demand { cpu: 1_200_000, memory: 512 * MIB };

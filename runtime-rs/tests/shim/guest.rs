@@ -117,6 +117,20 @@ impl Hardware for FakeHardware {
         tell(&format!("{} MiB", bytes >> 20));
         Ok(bytes)
     }
+
+    fn add_device(&self, path: &Path, deadline: Duration) -> Result<String, ChangeError> {
+        tell(&format!("add {}", path.display()));
+        Err(ChangeError::Unseen(deadline))
+    }
+
+    fn remove_device(&self, path: &Path, _: Duration) -> Result<(), ChangeError> {
+        tell(&format!("remove {}", path.display()));
+        Ok(())
+    }
+
+    fn first_devices(&self) -> Result<Vec<String>, ChangeError> {
+        Ok(Vec::new())
+    }
 }
 
 /// Writes a line to the FIFO of the test that looks at the hardware, if one does.

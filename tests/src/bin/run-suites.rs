@@ -61,7 +61,10 @@ struct Alone {
     /// The static program by which guests use devices that are passed to them.
     #[arg(long, value_name = "FILE")]
     passthrough: Option<PathBuf>,
-    /// How often devices come and go.
+    /// Run it in a machine with this much memory, in MiB.
+    #[arg(long, value_name = "MIB")]
+    memory: Option<u32>,
+    /// How often devices, vCPUs and memory come and go.
     #[arg(long, value_name = "N")]
     rounds: Option<u32>,
     /// Run only the tests whose names contain this.
@@ -216,7 +219,9 @@ impl Alone {
             println!("{name} ran on this host's own KVM, with the unit tests");
             return Ok(true);
         };
-        let status = Command::new(&self.program).args(&self.filter).env(KERNEL, kernel).status();
+        let mut command = Command::new(&self.program);
+        command.args(&self.filter).env(KERNEL, kernel).envs(self.rounds.map(|rounds| (ROUNDS, rounds.to_string())));
+        let status = command.status();
         Ok(status.with_context(|| format!("Cannot run {}", self.program.display()))?.success())
     }
 
@@ -244,13 +249,14 @@ impl Alone {
         Ok(status == Status::Exited(0))
     }
 
-    /// A machine from the snapshot; one with devices is booted.
+    /// A machine from the snapshot; one with devices or more memory is booted.
     fn machine(&self) -> Result<Machine> {
         let name = format!("program-{}", std::process::id());
-        if self.device.is_empty() {
+        if self.device.is_empty() && self.memory.is_none() {
             return Ok(Machine::restore(Snapshot::Base, &name)?);
         }
         let hardware = self.device.iter().fold(Hardware::new(), |hardware, device| hardware.device(*device));
+        let hardware = self.memory.into_iter().fold(hardware, Hardware::memory);
         Ok(Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name)?)
     }
 }

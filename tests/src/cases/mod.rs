@@ -7,6 +7,7 @@ mod exec;
 mod exit;
 mod leftover;
 mod many;
+mod sizes;
 mod stdio;
 mod tasks;
 mod terminal;
@@ -22,6 +23,7 @@ pub fn all() -> Vec<Case> {
         terminal::CASES,
         exec::CASES,
         tasks::CASES,
+        sizes::CASES,
         leftover::CASES,
         bad_input::CASES,
         bad_guest::CASES,

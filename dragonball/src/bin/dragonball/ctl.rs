@@ -265,6 +265,7 @@ mod tests {
             presence: Presence::Present,
             ranges,
             interrupts: vec![24, 25],
+            times: None,
         };
         let machine = MachineInfo {
             vcpus: VcpuCount { asked: 1, present: 1, max: 8 },

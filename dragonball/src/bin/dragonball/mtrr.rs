@@ -36,7 +36,7 @@ fn vcpus(info: &MemoryTypesInfo) -> Vec<String> {
         }
         _ => {
             let head = if info.equal {
-                "the vCPUs have equal MTRRs and different PATs"
+                "the vCPUs have equal MTRRs and different PATs: each has its reset value until the guest starts it"
             } else {
                 "the vCPUs have DIFFERENT MTRRs: the guest has not made them equal (yet)"
             };

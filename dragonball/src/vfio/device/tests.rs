@@ -20,6 +20,7 @@ struct Machine {
     host: Arc<Synthetic>,
     function: Option<VfioFunction>,
     places: Vec<Range>,
+    services: Services,
 }
 
 impl Machine {
@@ -29,11 +30,12 @@ impl Machine {
 
     fn with(host: Synthetic, options: &Options) -> Self {
         let (kvm, host) = (Arc::new(FakeKvm::default()), Arc::new(host));
-        let candidate = Candidate::new(Arc::clone(&host) as _).unwrap();
+        let candidate = Candidate::new(Arc::clone(&host) as _, options).unwrap();
         let mut windows = Windows::new(PCI_32, Some(HIGH));
         let places = windows.place(&candidate.requests()).unwrap();
-        let function = VfioFunction::new(candidate, &places, &services(&kvm, &windows.ranges()), options).unwrap();
-        Self { kvm, host, function: Some(function), places }
+        let services = services(&kvm, &[PCI_32, HIGH]);
+        let function = VfioFunction::new(candidate, &places, &services).unwrap();
+        Self { kvm, host, function: Some(function), places, services }
     }
 
     fn function(&self) -> &VfioFunction {
@@ -53,6 +55,11 @@ impl Machine {
     /// Memory decoding and bus master.
     fn enable(&self) {
         assert!(self.write(4, &[6, 0]));
+    }
+
+    /// The same where it has no effect.
+    fn enable_in_vain(&self) {
+        assert!(!self.write(4, &[6, 0]));
     }
 
     /// Writes an entry of the MSI-X table as drivers do: the message, then the mask.
@@ -171,8 +178,9 @@ fn many_vectors_change_their_routes_together() {
     for vector in 0..8 {
         machine.set_vector(vector, message(0x40), false);
     }
+    let before = machine.host.state().settings;
     machine.write(MSIX + 2, &[0, 0x80]);
-    assert_eq!((*machine.kvm.changes.lock().unwrap(), machine.host.state().settings), (1, 1));
+    assert_eq!((*machine.kvm.changes.lock().unwrap(), machine.host.state().settings), (1, before + 1));
 }
 
 #[test]
@@ -237,6 +245,46 @@ fn the_device_is_reset_before_the_guest_gets_it_and_after_and_leaves_nothing() {
     assert_eq!(machine.host.vectors(IrqKind::Msix), 0);
     assert_eq!(machine.host.state().resets, 2);
     assert_eq!(Arc::strong_count(&machine.host), 1);
+}
+
+#[test]
+fn a_device_interrupts_by_its_pin_while_it_does_not_by_message() {
+    let machine = Machine::new();
+    assert_eq!(machine.read(0x3c) >> 8 & 0xff, 1, "pin A");
+    assert_eq!(machine.host.vectors(IrqKind::Intx), 0, "nobody uses it yet");
+    machine.enable();
+    assert_eq!(machine.host.vectors(IrqKind::Intx), 1);
+    // A guest that listens to what pin A of slot 1 is joined to.
+    let (ioapic, pin) = (&machine.services.ioapic, crate::irq::pci_pin(1, 1));
+    ioapic.write(0, 0x10 + 2 * u32::from(pin));
+    ioapic.write(0x10, 1 << 15 | 0x31);
+    assert!(machine.host.interrupt(IrqKind::Intx, 0));
+    machine.function().pin().unwrap().take_event();
+    assert_eq!(machine.kvm.sent.lock().unwrap().len(), 1);
+    assert_eq!(machine.host.state().unmasked, 0);
+    ioapic.end_of_interrupt(0x31);
+    assert_eq!(machine.host.state().unmasked, 1, "the host lets it interrupt again at the end of the interrupt");
+
+    machine.write(MSIX + 2, &[0, 0x80]);
+    assert_eq!((machine.host.vectors(IrqKind::Intx), machine.host.vectors(IrqKind::Msix)), (0, 1));
+    machine.write(MSIX + 2, &[0, 0]);
+    assert_eq!((machine.host.vectors(IrqKind::Intx), machine.host.vectors(IrqKind::Msix)), (1, 0));
+    machine.write(4, &[0, 0]);
+    assert_eq!(machine.host.vectors(IrqKind::Intx), 0);
+}
+
+#[test]
+fn a_device_that_has_left_is_not_changed_by_a_vcpu_that_still_has_it() {
+    let machine = Machine::new();
+    machine.enable();
+    machine.function().retire();
+    assert!(machine.kvm.is_empty() && machine.host.state().resets == 2);
+    machine.enable_in_vain();
+    machine.set_vector(0, message(1), false);
+    machine.function().retire();
+    assert!(machine.kvm.is_empty());
+    let state = machine.host.state();
+    assert_eq!((state.config[4], state.resets), (0, 2));
 }
 
 #[test]

@@ -152,6 +152,11 @@ impl HostDevice for FdDevice {
         ioctl::set_irqs(&self.file, flags, kind as u32, 0, &[])
     }
 
+    fn unmask_pin(&self) -> io::Result<()> {
+        let flags = vfio::VFIO_IRQ_SET_DATA_NONE | vfio::VFIO_IRQ_SET_ACTION_UNMASK;
+        ioctl::set_irq(&self.file, flags, IrqKind::Intx as u32)
+    }
+
     fn reset(&self) -> io::Result<()> {
         if self.can_reset { ioctl::reset(&self.file) } else { ioctl::reset_bus(&self.file, &self.keeper.reset_proof()) }
     }

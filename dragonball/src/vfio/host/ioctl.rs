@@ -167,12 +167,22 @@ pub(super) fn irq_info(device: &File, index: u32) -> io::Result<vfio::vfio_irq_i
 
 /// Sets what happens at an interrupt: `descriptors` are eventfds, or -1 for none.
 pub(super) fn set_irqs(device: &File, flags: u32, index: u32, start: u32, descriptors: &[RawFd]) -> io::Result<()> {
-    const FIXED: usize = 20;
     let count = u32::try_from(descriptors.len()).map_err(io::Error::other)?;
-    let length = u32::try_from(FIXED + 4 * descriptors.len()).map_err(io::Error::other)?;
-    let mut bytes = Vec::with_capacity(FIXED + 4 * descriptors.len());
-    [length, flags, index, start, count].iter().for_each(|field| bytes.extend(field.to_ne_bytes()));
-    descriptors.iter().for_each(|descriptor| bytes.extend(descriptor.to_ne_bytes()));
+    irq_set(device, [flags, index, start, count], descriptors)
+}
+
+/// Does something with one interrupt that takes no data, as `flags` says.
+pub(super) fn set_irq(device: &File, flags: u32, index: u32) -> io::Result<()> {
+    irq_set(device, [flags, index, 0, 1], &[])
+}
+
+/// `struct vfio_irq_set`: its fields but for the first, which is its length, and its data.
+fn irq_set(device: &File, fields: [u32; 4], data: &[RawFd]) -> io::Result<()> {
+    const FIXED: usize = 20;
+    let length = u32::try_from(FIXED + 4 * data.len()).map_err(io::Error::other)?;
+    let mut bytes = length.to_ne_bytes().to_vec();
+    fields.iter().for_each(|field| bytes.extend(field.to_ne_bytes()));
+    data.iter().for_each(|descriptor| bytes.extend(descriptor.to_ne_bytes()));
     // SAFETY: the kernel reads as many bytes as the first field says, which is the buffer's length.
     match check(unsafe { ioctl_with_ptr(device, DEVICE_SET_IRQS, bytes.as_ptr()) })? {
         0 => Ok(()),

@@ -96,6 +96,13 @@ pub(crate) trait HostDevice: Send + Sync {
     /// When the host refuses.
     fn stop_events(&self, kind: IrqKind) -> io::Result<()>;
 
+    /// Lets the pin interrupt again: the host masks it each time that its event comes. Comes at once if the cause is still
+    /// there.
+    ///
+    /// # Errors
+    /// When the pin is not switched on.
+    fn unmask_pin(&self) -> io::Result<()>;
+
     /// Brings the device into the state after power-on.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use rstest::rstest;
 
 use super::*;
 
-const ALL: Interrupts = Interrupts { msi: 32, msix: 2048 };
+const ALL: Interrupts = Interrupts { intx: 1, msi: 32, msix: 2048 };
 
 /// A display with power management, PCI Express, MSI and MSI-X, and three extended capabilities of which one is hidden.
 fn device() -> Vec<u8> {
@@ -48,7 +48,7 @@ fn the_guest_sees_the_devices_identity_and_none_of_the_hosts_addresses() {
     let overlay = Overlay::new(device(), ALL, None);
     let seen = seen(&overlay, &device());
     assert_eq!((word(&seen, 0), word(&seen, 8)), (0x20b0_10de, 0x0302_00a1));
-    assert_eq!((word(&seen, 0x10), word(&seen, 0x30), seen[HEADER_TYPE], seen[INTERRUPT_PIN]), (0, 0, 0, 0));
+    assert_eq!((word(&seen, 0x10), word(&seen, 0x30), seen[HEADER_TYPE], seen[INTERRUPT_PIN]), (0, 0, 0, 1));
 }
 
 #[test]
@@ -131,7 +131,7 @@ fn messages_follow_what_the_guest_programmed() {
 
 #[test]
 fn the_table_of_messages_is_where_the_device_has_it() {
-    let mut overlay = Overlay::new(device(), Interrupts { msi: 1, msix: 4 }, None);
+    let mut overlay = Overlay::new(device(), Interrupts { intx: 1, msi: 1, msix: 4 }, None);
     let msix = overlay.msix().unwrap();
     assert_eq!((msix.vectors, msix.table, msix.pending), (4, (0, 0xb9_0000), (0, 0xba_0000)));
     assert_eq!(overlay.write(0x82, &[0xff, 0xff]), None);
@@ -146,7 +146,7 @@ proptest! {
         msi in 0_u32..64, msix in 0_u32..4096, clique: Option<u8>,
         writes in prop::collection::vec((0_usize..0x1010, prop::collection::vec(any::<u8>(), 1..9)), 0..32),
     ) {
-        let mut overlay = Overlay::new(bytes.clone(), Interrupts { msi, msix }, clique);
+        let mut overlay = Overlay::new(bytes.clone(), Interrupts { intx: 0, msi, msix }, clique);
         overlay.set_bar(0, 0, BarRequest { length: 4096, wide: true, prefetchable: true });
         for (register, data) in &writes {
             if let Some(forwarded) = overlay.write(*register, data) {

@@ -8,11 +8,13 @@
 //! something takes.
 #![expect(clippy::expect_used, reason = "a test that cannot set its machine up has failed, and says where")]
 
+mod board;
 mod events;
 pub mod pci;
 mod ring;
 pub mod scenes;
 pub mod script;
+pub mod targets;
 pub mod wire;
 
 use std::os::fd::AsRawFd;

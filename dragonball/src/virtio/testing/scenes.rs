@@ -16,15 +16,34 @@ use crate::memory::PluggableMemory;
 use crate::memory::listener::DmaListeners;
 use crate::virtio::balloon::{Balloon, BalloonControl};
 use crate::virtio::blk::{Blk, Resizer};
+use crate::virtio::console::Console;
 use crate::virtio::fs::Fs;
 use crate::virtio::mem::{Mem, MemControl};
 use crate::virtio::net::Link;
+use crate::virtio::pmem::{Pmem, PmemMode};
 use crate::virtio::rng::Rng;
 use crate::virtio::vsock::Vsock;
 
 /// Runs a program on the entropy device, which has no request format: the ring itself is under test.
 pub fn queue(bytes: &[u8]) {
     run(&mut Harness::new(Rng::new()), Script::new(bytes), &mut Nothing);
+}
+
+/// Runs a program on a console: what the guest writes is lost, and there is nothing to read.
+pub fn console(bytes: &[u8]) {
+    let null = || fs::File::options().read(true).write(true).open("/dev/null").expect("/dev/null");
+    let console = Console::new(Some(null().into()), Some(null().into()));
+    run(&mut Harness::new(console), Script::new(bytes), &mut Nothing);
+}
+
+/// Runs a program on persistent memory that ends within a page.
+pub fn pmem(bytes: &[u8]) {
+    let image = NamedTempFile::new().expect("a temporary file");
+    image.as_file().set_len(5000).expect("a short file");
+    let mut script = Script::new(bytes);
+    let mode = if script.byte() & 1 == 0 { PmemMode::ReadOnly } else { PmemMode::CopyOnWrite };
+    let pmem = Pmem::open(image.path(), mode).expect("a device");
+    run(&mut Harness::new(pmem), script, &mut Nothing);
 }
 
 /// Requests of any bytes, and a host that does nothing.

@@ -1,0 +1,7 @@
+//! The machine's own registers: hot-plug, interrupt controller, UART, ports.
+#![no_main]
+
+use dragonball::virtio::testing::targets::drive;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| drive("board", bytes));

@@ -1,0 +1,7 @@
+//! Persistent memory.
+#![no_main]
+
+use dragonball::virtio::testing::targets::drive;
+use libfuzzer_sys::fuzz_target;
+
+fuzz_target!(|bytes: &[u8]| drive("pmem", bytes));
