@@ -28,7 +28,7 @@ const DIRECTORIES: [&str; 6] = ["bin", "dev", "etc", "proc", "sys", "tmp"];
 /// The image's name in its cache entry.
 const IMAGE: &str = "image";
 const INIT: &str = include_str!("tools/init.sh");
-const BLOCK_JOBS: &str = include_str!("tools/block.fio");
+pub(crate) const BLOCK_JOBS: &str = include_str!("tools/block.fio");
 
 /// The image (EROFS), from the cache or made now.
 ///

@@ -126,3 +126,40 @@ fn parse(text: &str) -> Result<Vec<f64>> {
         })
         .collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// fio's answer in which every job read and wrote as said.
+    fn answer(read: f64, write: f64) -> Value {
+        let side = |value: f64| json!({"bw_bytes": value * 1e6, "iops": value * 1e3, "lat_ns": {"mean": value * 1e3}});
+        let job = |(name, ..): &(&str, Direction, Measure, &str)| json!({"jobname": name, "error": 0, "read": side(read), "write": side(write)});
+        json!({"jobs": QUANTITIES.iter().map(job).collect::<Vec<_>>()})
+    }
+
+    #[test]
+    fn each_job_counts_on_the_side_that_it_measures() {
+        assert_eq!(parse(&answer(2.0, 3.0).to_string()).unwrap(), [2.0, 3.0, 2.0, 3.0, 2.0, 3.0]);
+    }
+
+    #[test]
+    fn a_job_that_failed_or_is_missing_is_named() {
+        let mut failed = answer(2.0, 3.0);
+        failed["jobs"][2]["error"] = json!(5);
+        let mut missing = answer(2.0, 3.0);
+        missing["jobs"][2]["jobname"] = json!("other");
+        for text in [failed, missing] {
+            assert!(parse(&text.to_string()).unwrap_err().to_string().contains("random-read"));
+        }
+    }
+
+    #[test]
+    fn every_job_is_in_the_file_that_the_guest_has() {
+        for (job, ..) in QUANTITIES {
+            assert!(crate::tools::BLOCK_JOBS.contains(&format!("[{job}]\n")), "{job}");
+        }
+    }
+}

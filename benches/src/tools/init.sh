@@ -15,7 +15,8 @@ net)
     ip link set lo up
     ip link set eth0 up
     {
-        ping -A -q -n -c "$pings" "$host"
+        # Not the one that the shell brings.
+        /usr/bin/ping -A -q -n -c "$pings" "$host"
         iperf3 --json --client "$host" --bytes "$bytes"
         iperf3 --json --client "$host" --bytes "$bytes" --reverse
     } > /tmp/answer
