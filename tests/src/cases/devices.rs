@@ -138,7 +138,9 @@ fn after_death(context: &Context) -> Result<()> {
     let pid = nix::unistd::Pid::from_raw(container.status()?.pid);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
     events.of("/tasks/exit", &id, context.ctr.deadline())?;
-    container.remove()?;
+    // containerd may have removed the task already, as it does when a pod's process dies.
+    context.ctr.any(&["task", "delete", "--force", &id])?;
+    container.remove_container()?;
     let driver = fs::read_link(Path::new("/sys/bus/pci/devices").join(address).join("driver"))?;
     ensure!(driver.ends_with("vfio-pci"), "{}", driver.display());
     let said = context.ctr.run(&strings(&options), BUSYBOX, &context.id("next"), &["/passthrough"])?;
