@@ -45,7 +45,7 @@ fn scale(figures: &[&Figure], unit: &str) -> f64 {
 fn limit(figures: &[&Figure], figure: &Figure) -> Option<f64> {
     match figure.goal? {
         Goal::AtMost(limit) => Some(limit),
-        Goal::RatioAtMost(ratio) => {
+        Goal::RatioAtMost(ratio) | Goal::RatioAtLeast(ratio) => {
             let peer = figures.iter().find(|other| Some(&other.name) == figure.peer.as_ref())?;
             Some(ratio * peer.value)
         }

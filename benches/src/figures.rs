@@ -10,6 +10,8 @@ use crate::report::{Figure, Goal, Report, round};
 use crate::sample::Sample;
 use crate::site::{Clock, Site};
 
+mod devices;
+
 /// KiB in a MiB.
 const KIB_PER_MIB: f64 = 1024.0;
 /// KiB in a MB.
@@ -24,6 +26,8 @@ pub struct Inputs {
     pub images: PathBuf,
     /// The peer's kernel, if it is measured.
     pub reference: Option<PathBuf>,
+    /// The image of a guest that measures its own devices, if there are such groups.
+    pub tools: Option<PathBuf>,
     /// The smallest guest.
     pub initrd: PathBuf,
     /// Measurements of each quantity.
@@ -41,11 +45,18 @@ pub enum Group {
     Memory,
     /// Containers through containerd
     Containers,
+    /// Throughput and latency of disks
+    Block,
+    /// Throughput and latency of network cards
+    Net,
+    /// What idle VMs make their host do
+    Idle,
 }
 
 impl Group {
     /// All groups, in the order of the report.
-    pub const ALL: [Self; 4] = [Self::Boot, Self::Kernel, Self::Memory, Self::Containers];
+    pub const ALL: [Self; 7] =
+        [Self::Boot, Self::Kernel, Self::Memory, Self::Containers, Self::Block, Self::Net, Self::Idle];
 
     /// Its name in progress messages.
     #[must_use]
@@ -55,13 +66,28 @@ impl Group {
             Self::Kernel => "the kernel",
             Self::Memory => "memory",
             Self::Containers => "containers",
+            Self::Block => "disks",
+            Self::Net => "network cards",
+            Self::Idle => "idle VMs",
         }
     }
 
-    /// Whether its figures are the same by any clock, or known under the virtual one only.
+    /// Whether it is measured by `clock`: not twice where its figures are the same by both or mean something by one
+    /// only.
     #[must_use]
-    pub fn is_virtual_only(self) -> bool {
-        matches!(self, Self::Kernel | Self::Memory)
+    pub fn is_measured_in(self, clock: Clock) -> bool {
+        match self {
+            Self::Boot | Self::Containers => true,
+            Self::Kernel | Self::Memory | Self::Block | Self::Net => clock == Clock::Virtual,
+            // Virtual time runs away from a machine that idles.
+            Self::Idle => clock == Clock::Wall,
+        }
+    }
+
+    /// Whether its guests start from the image of tools.
+    #[must_use]
+    pub fn needs_tools(self) -> bool {
+        matches!(self, Self::Block | Self::Net)
     }
 
     /// Measures its figures at `site` and adds them to `report`.
@@ -74,6 +100,9 @@ impl Group {
             Self::Kernel => kernels(site, inputs, report),
             Self::Memory => memory(site, inputs, report),
             Self::Containers => containers(site, clock, inputs, report),
+            Self::Block => devices::block(site, inputs, report),
+            Self::Net => devices::net(site, inputs, report),
+            Self::Idle => devices::idle(site, inputs, report),
         }
     }
 }

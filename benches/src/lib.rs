@@ -11,3 +11,4 @@ pub mod measure;
 pub mod report;
 pub mod sample;
 pub mod site;
+pub mod tools;

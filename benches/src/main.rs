@@ -9,10 +9,12 @@ use anyhow::{Context as _, Result};
 use benches::figures::{self, Group, Inputs};
 use benches::guest;
 use benches::measure::boot::Contender;
+use benches::measure::machine::Parts;
 use benches::measure::vmm::Vmm;
-use benches::measure::{Samples, boot, containers, memory};
+use benches::measure::{Samples, block, boot, containers, idle, memory, net};
 use benches::report::{Report, round};
 use benches::site::{Clock, Site};
+use benches::tools;
 use cache::Cache;
 use clap::{Args, Parser, Subcommand};
 use indicatif::ProgressBar;
@@ -100,6 +102,17 @@ enum Measure {
         #[arg(long)]
         rounds: usize,
     },
+    /// Throughput and latency of disks
+    Block(Guests),
+    /// Throughput and latency of network cards
+    Net(Guests),
+    /// Thread switches of idle VMs
+    Idle {
+        #[arg(long)]
+        kernel: PathBuf,
+        #[arg(long)]
+        image: PathBuf,
+    },
     /// Containers and pods
     Containers {
         #[arg(long)]
@@ -122,6 +135,26 @@ struct Boots {
     /// Seconds that a guest may take
     #[arg(long)]
     limit: u16,
+}
+
+/// Guests that measure their own devices.
+#[derive(Args)]
+struct Guests {
+    #[arg(long)]
+    kernel: PathBuf,
+    #[arg(long)]
+    tools: PathBuf,
+    #[arg(long)]
+    rounds: usize,
+    /// Seconds that a guest may take
+    #[arg(long)]
+    limit: u16,
+}
+
+impl Guests {
+    fn parts(&self) -> Parts<'_> {
+        Parts { kernel: &self.kernel, tools: &self.tools, limit: self.limit }
+    }
 }
 
 fn main() -> ExitCode {
@@ -162,6 +195,9 @@ fn take_samples(measure: Measure) -> Result<()> {
             }
             samples.extend(memory::measure_agent(&kernel, &image, rounds)?);
         }
+        Measure::Block(guests) => samples.extend(block::measure(guests.parts(), guests.rounds)?),
+        Measure::Net(guests) => samples.extend(net::measure(guests.parts(), guests.rounds)?),
+        Measure::Idle { kernel, image } => samples.extend(idle::measure(&kernel, &image)?),
         Measure::Containers { archive, rounds, limit } => {
             containers::configure(limit)?;
             let image = containers::import(&archive)?;
@@ -182,6 +218,7 @@ fn run(arguments: &Run) -> Result<()> {
         dist: arguments.dist.clone(),
         images: arguments.images.clone(),
         reference: if wanted(&arguments.only, Group::Kernel) { Some(reference(&status)?) } else { None },
+        tools: tools(&arguments.only, &status)?,
         initrd: initrd.path().to_owned(),
         rounds: arguments.rounds.into(),
     };
@@ -227,6 +264,15 @@ fn compare_kernels(kernels: &[PathBuf], rounds: usize) -> Result<()> {
     Ok(())
 }
 
+/// The image of tools, if a group needs it.
+fn tools(only: &[Group], status: &Status) -> Result<Option<PathBuf>> {
+    if !Group::ALL.iter().any(|group| group.needs_tools() && wanted(only, *group)) {
+        return Ok(None);
+    }
+    status.step("Making the image with fio and iperf3");
+    tools::image(&Cache::open()?).context("Cannot make the image with fio and iperf3").map(Some)
+}
+
 /// The peer's kernel, from the cache or built now.
 fn reference(status: &Status) -> Result<PathBuf> {
     let cache = Cache::open()?;
@@ -237,7 +283,7 @@ fn reference(status: &Status) -> Result<PathBuf> {
 
 fn measure(clock: Clock, only: &[Group], inputs: &Inputs, report: &mut Report, status: &Status) -> Result<()> {
     for group in Group::ALL {
-        if !wanted(only, group) || (group.is_virtual_only() && clock == Clock::Wall) {
+        if !wanted(only, group) || !group.is_measured_in(clock) {
             continue;
         }
         status.step(&format!("Measuring {} in {}", group.name(), clock.name()));

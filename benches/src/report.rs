@@ -14,6 +14,8 @@ pub enum Goal {
     AtMost(f64),
     /// The ratio to the peer is at most this.
     RatioAtMost(f64),
+    /// The ratio to the peer is at least this.
+    RatioAtLeast(f64),
 }
 
 /// One measured quantity.
@@ -82,6 +84,7 @@ impl Figure {
         match self.goal? {
             Goal::AtMost(limit) => Some(self.value <= limit),
             Goal::RatioAtMost(limit) => self.ratio.map(|ratio| ratio <= limit),
+            Goal::RatioAtLeast(limit) => self.ratio.map(|ratio| ratio >= limit),
         }
     }
 
@@ -90,6 +93,7 @@ impl Figure {
             None => String::new(),
             Some(Goal::AtMost(limit)) => format!("≤ {limit} {}", self.unit),
             Some(Goal::RatioAtMost(limit)) => format!("≤ {limit} ×"),
+            Some(Goal::RatioAtLeast(limit)) => format!("≥ {limit} ×"),
         }
     }
 }
@@ -205,8 +209,11 @@ mod tests {
 
     #[test]
     fn goals_are_judged_by_value_or_by_ratio() {
-        let met: Vec<Option<bool>> = report().figures.iter().map(Figure::is_met).collect();
-        assert_eq!(met, [Some(false), None, Some(true)]);
+        let mut figures = report().figures;
+        figures.push(figures[0].clone().with_goal(Goal::RatioAtLeast(0.5)));
+        figures.push(figures[0].clone().with_goal(Goal::RatioAtLeast(0.6)));
+        let met: Vec<Option<bool>> = figures.iter().map(Figure::is_met).collect();
+        assert_eq!(met, [Some(false), None, Some(true), Some(true), Some(false)]);
     }
 
     #[test]

@@ -20,9 +20,9 @@ pub const CROWD: usize = 10;
 /// Seconds that a guest may take to its `/init` or its agent: memory is measured by the virtual clock only.
 const LIMIT: u16 = Clock::Virtual.boot_limit();
 /// The vsock port on which the host awaits the agent.
-const AGENT_PORT: u32 = 1024;
+pub(super) const AGENT_PORT: u32 = 1024;
 /// How a guest finds its image and its agent.
-const AGENT_COMMAND_LINE: &str =
+pub(super) const AGENT_COMMAND_LINE: &str =
     "quiet loglevel=0 panic=-1 root=/dev/pmem0 rootfstype=erofs rootflags=dax=always ro init=/sbin/kata-agent";
 
 /// Lets guest memory be counted in pages that a guest touched, not in huge pages around them.

@@ -1,8 +1,12 @@
 //! What runs where KVM is (this host or the lab machine): starts VMs and containers, and answers with raw samples.
 
+pub mod block;
 pub mod boot;
 pub mod containers;
+pub mod idle;
+pub mod machine;
 pub mod memory;
+pub mod net;
 pub mod smaps;
 pub mod trace;
 pub mod vmm;

@@ -1,0 +1,99 @@
+//! The figures of disks, network cards and idle VMs.
+
+use anyhow::{Context as _, Result};
+
+use super::{Inputs, kernel, sample};
+use crate::measure::block::{self, Measure};
+use crate::measure::machine::Machine;
+use crate::measure::{Samples, net};
+use crate::report::{Figure, Goal, Report};
+use crate::site::Site;
+
+/// Guests that are measured for each figure: each has a boot of its own.
+const ROUNDS_MAX: usize = 5;
+/// Virtual seconds in which a guest's tools have done all.
+const LIMIT: &str = "20";
+
+/// Where a figure is reported, in which unit, and what is better.
+#[derive(Clone, Copy)]
+struct Kind {
+    group: &'static str,
+    unit: &'static str,
+    less_is_better: bool,
+}
+
+/// Adds the figures of one quantity of both machines, whose samples are `MACHINE SUFFIX`.
+fn compare(report: &mut Report, samples: &Samples, suffix: &str, what: &str, kind: Kind) -> Result<()> {
+    let [own, peer] = Machine::ALL.map(|machine| sample(samples, &format!("{} {suffix}", machine.name()), 1.0));
+    let (own, peer) = (own?, peer?);
+    let [own_name, peer_name] = Machine::ALL.map(|machine| format!("{}: {what}", machine.name()));
+    let goal = if kind.less_is_better { Goal::RatioAtMost(1.0) } else { Goal::RatioAtLeast(1.0) };
+    let figure = Figure::new(kind.group, own_name, kind.unit, &own).against(&peer_name, &own, &peer).with_goal(goal);
+    report.figures.extend([figure, Figure::new(kind.group, peer_name, kind.unit, &peer)]);
+    Ok(())
+}
+
+/// Runs a measurement whose guests start from the image of tools.
+fn guests(site: &Site, measurement: &str, inputs: &Inputs) -> Result<Samples> {
+    let base = site.provide(&kernel(&inputs.dist), "base")?;
+    let tools = inputs.tools.as_ref().context("The image of tools was not made")?;
+    let tools = site.provide(tools, "tools")?;
+    let rounds = inputs.rounds.min(ROUNDS_MAX).to_string();
+    site.measure(&[measurement, "--kernel", &base, "--tools", &tools, "--rounds", &rounds, "--limit", LIMIT])
+}
+
+/// Disks, by fio.
+pub(super) fn block(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
+    let samples = guests(site, "block", inputs)?;
+    for (job, _, measure, what) in block::QUANTITIES {
+        let less_is_better = measure == Measure::Latency;
+        let kind = Kind { group: "virtio-blk, virtual time", unit: measure.unit(), less_is_better };
+        compare(report, &samples, job, what, kind)?;
+    }
+    report.notes.push(
+        "virtio-blk: Debian's fio in the guest, a file in the lab machine's memory as the disk; QEMU's has an iothread \
+         and io_uring."
+            .to_owned(),
+    );
+    Ok(())
+}
+
+/// Network cards, by iperf3 and ping.
+pub(super) fn net(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
+    let samples = guests(site, "net", inputs)?;
+    for (_, way) in net::WAYS {
+        for (quantity, what, unit, less_is_better) in [
+            ("send", "TCP to the host", "Mbit/s", false),
+            ("receive", "TCP to the guest", "Mbit/s", false),
+            ("ping", "ping from the guest: mean round trip", "µs", true),
+        ] {
+            let kind = Kind { group: "virtio-net, virtual time", unit, less_is_better };
+            compare(report, &samples, &format!("{way} {quantity}"), &format!("{what}, {way}"), kind)?;
+        }
+    }
+    report.notes.push(
+        "virtio-net: Debian's iperf3 and ping in the guest against the lab machine, over the same tap interface."
+            .to_owned(),
+    );
+    Ok(())
+}
+
+/// Idle VMs.
+pub(super) fn idle(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
+    let base = site.provide(&kernel(&inputs.dist), "base")?;
+    let image = site.provide(&inputs.dist.join("usr/share/kata-containers/kata-containers.img"), "image")?;
+    let samples = site.measure(&["idle", "--kernel", &base, "--image", &image])?;
+    let group = "Idle VM, wall time";
+    let own = sample(&samples, "vmm", 1.0)?;
+    let figure = Figure::new(group, "thread switches over 30 s, all threads but vCPUs", "1/s", &own);
+    report.figures.push(figure.with_goal(Goal::AtMost(0.0)));
+    let vcpu = sample(&samples, "vcpu", 1.0)?;
+    report.figures.push(Figure::new(group, "thread switches over 30 s, vCPU threads", "1/s", &vcpu));
+    report.notes.push(
+        "Idle VM: image, vsock, shared directory and network card as a pod has them. A guest kernel reads virtio-rng \
+         again and again for its entropy pool, each half of its uptime at first and once a minute after two minutes: \
+         each read is a switch to the device thread and back."
+            .to_owned(),
+    );
+    Ok(())
+}
