@@ -110,7 +110,7 @@ fn a_device_comes_and_goes_as_the_driver_takes_it_and_lets_it_go() {
 }
 
 /// How often this process has `file` open.
-fn descriptors(file: &Path) -> usize {
+pub(crate) fn descriptors(file: &Path) -> usize {
     let link = |entry: std::io::Result<std::fs::DirEntry>| std::fs::read_link(entry.unwrap().path()).ok();
     let open = std::fs::read_dir("/proc/self/fd").unwrap().filter_map(link);
     open.filter(|target| target == file).count()

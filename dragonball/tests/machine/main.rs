@@ -1,6 +1,7 @@
 //! The machine as small guests see it: how it starts, ends, and answers accesses. Needs `/dev/kvm`, a software one will do.
 
 mod guest;
+mod hostile;
 mod hot_plug;
 mod memory_types;
 

@@ -72,7 +72,7 @@ fn trampoline(registers: &[(u32, u16)]) -> Code {
 fn guest_that_writes_a_range_and_lets_a_new_vcpu_read() -> Code {
     let code = trampoline(&[(BASE, 0x9000), (MASK, 0x9004), (DEFAULT_TYPE, 0x9008)]);
     let range = written().variable[2];
-    let code = write_register(write_register(code, BASE, range.base), MASK, range.mask).store_byte(0xc000_0000, 1);
+    let code = write_register(write_register(code, BASE, range.base), MASK, range.mask).store_byte(0xc000_0000, 123);
     let code = code.wait_for(CPU_EVENT, 1 << 8 | 1).store(CPU_SELECT, 1);
     let code = code.store(0xfee0_00f0, 0x1ff).store(0xfee0_0300, 0xc_4500).store(0xfee0_0300, 0xc_4608);
     let code = code.wait_for(0x9008, 0x806).load(0x9000).print_eax().load(0x9004).print_eax();
