@@ -92,21 +92,20 @@ define run-linux
 $(OUT)/run-suites program "$$program" $(1)
 endef
 
-# Those of devices of the host; $(1) is the guests' kernel.
-run-vfio = $(call run-linux,--report target/vfio --filter passthrough --kernel $(1)/vmlinux --passthrough $(PASSTHROUGH) \
-    $(VFIO_DEVICES) $(2))
+# Those of devices of the host; $(1) is the guests' kernel, $(2) names the devices and how often they come and go.
+run-vfio = $(call run-linux,--report target/vfio --filter passthrough --kernel $(1)/vmlinux --passthrough $(PASSTHROUGH) $(2))
 
 test-vfio: build passthrough ## Devices of the host in guests, in lab machines with an IOMMU, a GPU model and others
 	cargo test --locked --profile $(PROFILE) -p gpu-model
 	cargo test --locked --profile $(PROFILE) -p vfio-check --test machine -- --include-ignored --test-threads 1
 	$(OUT)/kernel-config build --profile gpu --output $(GPU_KERNEL)
-	$(call run-vfio,$(GPU_KERNEL),--device nvme $(GPU_MODULES) --rounds 50)
-	$(call run-vfio,$(GPU_KERNEL),$(GPU_MODULES) --rounds 50 --machine-kernel iommufd)
+	$(call run-vfio,$(GPU_KERNEL),$(VFIO_DEVICES) --device nvme $(GPU_MODULES) --rounds 50)
+	$(call run-vfio,$(GPU_KERNEL),$(VFIO_DEVICES) $(GPU_MODULES) --rounds 50 --machine-kernel iommufd)
 	$(MAKE) memory-types
 
-# The short form of it.
+# The short form of it: two devices, in guests and in containers.
 vfio-guests: dist images passthrough
-	$(call run-vfio,target/kernel,--rounds 2)
+	$(call run-vfio,target/kernel,--device edu --device gpu:1G --rounds 2)
 	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/vfio --filter devices: \
 	    --passthrough $(PASSTHROUGH) --device edu --device gpu:1G
 

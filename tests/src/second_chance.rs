@@ -7,12 +7,16 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// What the text of a failure says when a guest died or hung. Any other failure counts at once.
-const SIGNS: [&str; 5] = [
+const SIGNS: [&str; 8] = [
     "the guest met a triple fault",
     "the guest kernel panicked",
     "did not answer within",
     "did not end before its deadline",
     "DEADLINE_EXCEEDED",
+    // What dragonball says of a guest that does not follow a change.
+    "Unseen(",
+    "NoDriver(",
+    "InUse(",
 ];
 
 /// The second chances that are left.
