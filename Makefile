@@ -80,39 +80,49 @@ PASSTHROUGH := target/$(TARGET)/$(PROFILE)/lab-passthrough
 passthrough: deps
 	RUSTFLAGS="-C target-feature=+crt-static" cargo build --locked --profile $(PROFILE) --target $(TARGET) -p lab-passthrough
 
-test-vfio: ## Devices of the host in guests, in a lab machine with an IOMMU, a GPU model and others
+# Beside the unmodified kernel of pods, the one whose modules drive NVMe and let programs see interrupts by pins.
+GPU_KERNEL := target/kernel-gpu
+GPU_MODULES = $(addprefix --module ,$(foreach name,nvme-core nvme uio_pci_generic,$(shell find $(GPU_KERNEL)/lib -name $(name).ko)))
+VFIO_DEVICES := $(addprefix --device ,edu gpu ivshmem testdev ati+edu)
+
+# Runs tests of Linux guests in a lab machine; $(1) says which, with what.
+define run-linux
+@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
+    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
+$(OUT)/run-suites program "$$program" $(1)
+endef
+
+# Those of devices of the host; $(1) is the guests' kernel.
+run-vfio = $(call run-linux,--report target/vfio --filter passthrough --kernel $(1)/vmlinux --passthrough $(PASSTHROUGH) \
+    $(VFIO_DEVICES) $(2))
+
+test-vfio: build passthrough ## Devices of the host in guests, in lab machines with an IOMMU, a GPU model and others
 	cargo test --locked --profile $(PROFILE) -p gpu-model
 	cargo test --locked --profile $(PROFILE) -p vfio-check --test machine -- --include-ignored --test-threads 1
-	$(MAKE) vfio-guests VFIO_ROUNDS=50
+	$(OUT)/kernel-config build --profile gpu --output $(GPU_KERNEL)
+	$(call run-vfio,$(GPU_KERNEL),--device nvme $(GPU_MODULES) --rounds 50)
+	$(call run-vfio,$(GPU_KERNEL),$(GPU_MODULES) --rounds 50 --machine-kernel iommufd)
 	$(MAKE) memory-types
 
-# How often the devices come and go.
-VFIO_ROUNDS ?= 5
-
-vfio-guests: build passthrough
-	@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
-	    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
-	$(OUT)/run-suites program "$$program" --report target/vfio --filter passthrough --kernel target/kernel/vmlinux \
-	    --passthrough $(PASSTHROUGH) --rounds $(VFIO_ROUNDS) --device edu --device gpu:1G
+# The short form of it.
+vfio-guests: dist images passthrough
+	$(call run-vfio,target/kernel,--rounds 2)
+	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/vfio --filter devices: \
+	    --passthrough $(PASSTHROUGH) --device edu --device gpu:1G
 
 # The guests' kernel has no debugfs; the lab's own shows which memory types page tables have, a GPU's video memory included.
 memory-types: build passthrough ## Memory types in Linux guests, by a kernel that shows those of its page tables
 	$(OUT)/kernel-config build --profile lab --output target/kernel-lab
-	@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
-	    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
-	$(OUT)/run-suites program "$$program" --report target/memory-types --filter memory_types \
-	    --kernel target/kernel-lab/vmlinux && \
-	$(OUT)/run-suites program "$$program" --report target/memory-types --filter passthrough \
-	    --kernel target/kernel-lab/vmlinux --passthrough $(PASSTHROUGH) --rounds 2 --device gpu:1G
+	$(call run-linux,--report target/memory-types --filter memory_types --kernel target/kernel-lab/vmlinux)
+	$(call run-linux,--report target/memory-types --filter passthrough --kernel target/kernel-lab/vmlinux \
+	    --passthrough $(PASSTHROUGH) --rounds 2 --device gpu:1G)
 
 # A machine that grows and shrinks while it works, as often as is promised; `guests` does it twice.
 GROWTH_ROUNDS ?= 20
 
 growth: build ## Resize a Linux guest under load, GROWTH_ROUNDS times, in a lab machine with 6 GiB
-	@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
-	    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
-	$(OUT)/run-suites program "$$program" --report target/growth --filter growth --kernel target/kernel/vmlinux \
-	    --memory 6144 --rounds $(GROWTH_ROUNDS)
+	$(call run-linux,--report target/growth --filter growth --kernel target/kernel/vmlinux --memory 6144 \
+	    --rounds $(GROWTH_ROUNDS))
 
 suites: dist images guests ## Small guests, and end-to-end suites against containerd 1.7 and 2.1
 	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/suites

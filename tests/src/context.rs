@@ -7,6 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 
+use crate::cases::devices::HostDevices;
 use crate::containerd::Containerd;
 use crate::ctr::Ctr;
 use crate::kata_config::KataConfig;
@@ -47,6 +48,8 @@ pub struct Context {
     pub images: Images,
     /// A directory for a case's own files; it is empty between cases.
     pub work: PathBuf,
+    /// Devices that containers may have, where the machine has some.
+    pub devices: Option<HostDevices>,
     /// How many times slower than metal the machine is: deadlines are multiplied by it.
     pub slowness: u32,
     /// How many cases may still run again.
@@ -76,6 +79,7 @@ impl Context {
             shim,
             images,
             work: work.to_owned(),
+            devices: None,
             slowness,
             second_chances: SecondChances::new(false),
             next: AtomicU32::new(0),

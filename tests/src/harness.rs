@@ -20,6 +20,8 @@ pub struct Case {
     pub about: About,
     /// Whether it needs the image with real services, which takes long to unpack.
     pub services: bool,
+    /// Whether it needs devices of the machine for its containers.
+    pub devices: bool,
     /// Shows that it holds.
     pub run: fn(&Context) -> Result<()>,
 }
@@ -37,7 +39,7 @@ impl Case {
     /// A case about every runtime.
     #[must_use]
     pub const fn any(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
-        Self { name, about: About::Any, services: false, run }
+        Self { name, about: About::Any, services: false, devices: false, run }
     }
 
     /// The same case, with the image of real services.
@@ -46,10 +48,16 @@ impl Case {
         Self { services: true, ..self }
     }
 
+    /// A case about this stack alone, for machines with devices that containers may have.
+    #[must_use]
+    pub const fn with_devices(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
+        Self { devices: true, ..Self::kata(name, run) }
+    }
+
     /// A case about this stack alone.
     #[must_use]
     pub const fn kata(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
-        Self { name, about: About::Kata, services: false, run }
+        Self { name, about: About::Kata, services: false, devices: false, run }
     }
 }
 
@@ -57,9 +65,9 @@ impl Case {
 #[must_use]
 pub fn trial(case: Case, context: &Arc<Mutex<Context>>) -> Trial {
     let context = Arc::clone(context);
-    let of_other_runtime = {
+    let of_other_machine = {
         let context = context.lock().unwrap_or_else(PoisonError::into_inner);
-        case.about == About::Kata && !context.is_kata()
+        case.about == About::Kata && !context.is_kata() || case.devices && context.devices.is_none()
     };
     Trial::test(case.name, move || {
         let context = context.lock().unwrap_or_else(PoisonError::into_inner);
@@ -73,7 +81,7 @@ pub fn trial(case: Case, context: &Arc<Mutex<Context>>) -> Trial {
         tidied.map_err(|error| format!("{error:#}"))?;
         attempt(&case, &context).map_err(|again| Failed::from(format!("{again}\n\nbefore that:\n{failure}")))
     })
-    .with_ignored_flag(of_other_runtime)
+    .with_ignored_flag(of_other_machine)
 }
 
 /// Where `ctr` makes the FIFOs of its containers.

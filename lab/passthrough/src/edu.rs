@@ -75,7 +75,6 @@ pub(crate) fn interrupt_by_pin(function: &Function) -> Outcome {
     let explain = |error: std::io::Error| format!("the kernel's driver for programs: {error}");
     let path = function.uio()?;
     let mut events = File::options().read(true).write(true).open(&path).map_err(explain)?;
-    function.enable().map_err(explain)?;
     let registers = function.map("resource0", 0, 1 << 20)?;
     let unmask = || {
         let command = function.config_16(COMMAND).ok_or("it does not answer")?;

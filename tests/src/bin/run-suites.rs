@@ -34,6 +34,8 @@ enum Action {
         /// Only with this containerd of the lab: base (1.7) or containerd-2.1.
         #[arg(long, value_name = "SNAPSHOT")]
         snapshot: Option<Snapshot>,
+        #[command(flatten)]
+        passed: Passed,
     },
     /// Runs a test program by itself in the lab: the small guests, unless they ran on this host's hardware.
     Program(Alone),
@@ -55,15 +57,14 @@ struct Alone {
     /// A guest kernel for the program's Linux guests, whose shell is this machine's busybox.
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
-    /// Run it in a machine with this device behind an IOMMU, for its guests (see `lab up --help`). Can be repeated.
-    #[arg(long, value_name = "DEVICE", requires = "passthrough")]
-    device: Vec<Device>,
-    /// The static program by which guests use devices that are passed to them.
-    #[arg(long, value_name = "FILE")]
-    passthrough: Option<PathBuf>,
+    #[command(flatten)]
+    passed: Passed,
     /// Run it in a machine with this much memory, in MiB.
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
+    /// A kernel module for the guests, loaded in the order given. Can be repeated.
+    #[arg(long, value_name = "FILE", requires = "passthrough")]
+    module: Vec<PathBuf>,
     /// How often devices, vCPUs and memory come and go.
     #[arg(long, value_name = "N")]
     rounds: Option<u32>,
@@ -92,27 +93,62 @@ struct Parts {
     lab: bool,
 }
 
+/// Devices for the guests of a machine of the lab.
+#[derive(Clone, Debug, Default, Args)]
+struct Passed {
+    /// Run it in a machine with this device behind an IOMMU, for its guests (see `lab up --help`). Can be repeated.
+    #[arg(long, value_name = "DEVICE", requires = "passthrough")]
+    device: Vec<Device>,
+    /// The static program by which guests use devices that are passed to them.
+    #[arg(long, value_name = "FILE")]
+    passthrough: Option<PathBuf>,
+    /// The kernel of that machine: debian (it gives devices by groups) or iommufd (by iommufd).
+    #[arg(long, value_name = "KERNEL", requires = "device", default_value = "debian")]
+    machine_kernel: lab::Kernel,
+}
+
+impl Passed {
+    /// A machine from the snapshot; one with devices or with another memory (in MiB) is booted.
+    fn machine(&self, snapshot: Snapshot, memory: Option<u32>, name: &str) -> Result<Machine> {
+        if self.device.is_empty() && memory.is_none() {
+            return Ok(Machine::restore(snapshot, name)?);
+        }
+        let empty = Hardware::new().kernel(self.machine_kernel);
+        let hardware = self.device.iter().fold(empty, |hardware, device| hardware.device(*device));
+        let hardware = memory.into_iter().fold(hardware, Hardware::memory);
+        Ok(Machine::boot(&hardware, snapshot, &Setup::new(), name)?)
+    }
+
+    /// Where the devices are in that machine.
+    fn addresses(&self) -> Vec<String> {
+        (0..self.device.len()).map(Hardware::address).collect()
+    }
+}
+
+/// Where the program by which guests use devices is in a machine.
+const PASSTHROUGH_PROGRAM: &str = "/root/bin/passthrough";
+
 /// Deadlines in the lab, where every CPU is emulated, are this many times those of metal.
 const LAB_SLOWNESS: &str = "10";
 
 fn main() -> Result<ExitCode> {
-    let (parts, program, arguments, snapshots) = match Arguments::parse().action {
+    let (parts, program, arguments, (snapshots, passed)) = match Arguments::parse().action {
         Action::Program(alone) => return alone.run(),
-        Action::Test { parts, filter, snapshot } => {
+        Action::Test { parts, filter, snapshot, passed } => {
             let snapshots = snapshot.map_or_else(|| vec![Snapshot::Base, Snapshot::Containerd21], |one| vec![one]);
-            (parts, "suites", filter.into_iter().collect::<Vec<_>>(), snapshots)
+            (parts, "suites", filter.into_iter().collect::<Vec<_>>(), (snapshots, passed))
         }
-        Action::Demo { parts } => (parts, "demo", Vec::new(), vec![Snapshot::Base]),
+        Action::Demo { parts } => (parts, "demo", Vec::new(), (vec![Snapshot::Base], Passed::default())),
     };
     fs::create_dir_all(&parts.report).with_context(|| format!("Cannot create {}", parts.report.display()))?;
     let probe = lab::probe::probe();
     println!("{probe}");
-    if probe.hardware && !parts.lab {
+    if probe.hardware && !parts.lab && passed.device.is_empty() {
         return on_this_host(&parts, program, &arguments);
     }
     let mut failed = Vec::new();
     for snapshot in snapshots {
-        if !in_the_lab(&parts, program, &arguments, snapshot)? {
+        if !in_the_lab(&parts, program, &arguments, (snapshot, &passed))? {
             failed.push(snapshot.name());
         }
     }
@@ -146,10 +182,15 @@ fn on_this_host(parts: &Parts, program: &str, arguments: &[String]) -> Result<Ex
 }
 
 /// Answers whether the program succeeded in a machine restored from `snapshot`.
-fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snapshot) -> Result<bool> {
+fn in_the_lab(
+    parts: &Parts,
+    program: &str,
+    arguments: &[String],
+    (snapshot, passed): (Snapshot, &Passed),
+) -> Result<bool> {
     println!("\n{program} in the lab, snapshot {snapshot}");
     let name = format!("{program}-{}-{}", snapshot.name().replace('.', "-"), std::process::id());
-    let machine = Machine::restore(snapshot, &name)?;
+    let machine = passed.machine(snapshot, None, &name)?;
     // The directory's content is merged into the machine's root: an installation.
     machine.push(&parts.dist, "/")?;
     machine.push(&parts.images, "/root/images")?;
@@ -160,7 +201,14 @@ fn in_the_lab(parts: &Parts, program: &str, arguments: &[String], snapshot: Snap
         .args(["--slowness", LAB_SLOWNESS])
         .args(arguments);
     command = if program == "demo" { command.args(["--report", "/root/report"]) } else { command.arg("--emulated") };
-    let log = Log::create(&parts.report.join(format!("{program}-{snapshot}.log")))?;
+    if let Some(file) = &passed.passthrough {
+        machine.push(file, PASSTHROUGH_PROGRAM)?;
+        command = command.args(["--passthrough", PASSTHROUGH_PROGRAM]);
+        command =
+            passed.addresses().iter().fold(command, |command, address| command.args(["--device", address.as_str()]));
+    }
+    let kind = if passed.device.is_empty() { "" } else { "-devices" };
+    let log = Log::create(&parts.report.join(format!("{program}-{snapshot}{kind}.log")))?;
     let status = stream(&machine, &command, log)?;
     if program == "demo" && status == Status::Exited(0) {
         machine.pull("/root/report", &parts.report)?;
@@ -177,13 +225,17 @@ const KERNEL: &str = "TATAMI_TEST_KERNEL";
 const BUSYBOX: &str = "TATAMI_TEST_BUSYBOX";
 const DEVICES: &str = "TATAMI_TEST_DEVICES";
 const PASSTHROUGH: &str = "TATAMI_TEST_PASSTHROUGH";
+const MODULES: &str = "TATAMI_TEST_MODULES";
+const IOMMUFD: &str = "TATAMI_TEST_IOMMUFD";
+/// Where the lab machine has the modules for guests.
+const MODULES_PLACE: &str = "/root/bin/modules";
 const ROUNDS: &str = "TATAMI_TEST_ROUNDS";
 
 impl Alone {
     fn run(&self) -> Result<ExitCode> {
         let name = self.program.file_name().with_context(|| format!("{} names no program", self.program.display()))?;
         let name = name.to_string_lossy();
-        let succeeded = if lab::probe::probe().hardware && self.device.is_empty() {
+        let succeeded = if lab::probe::probe().hardware && self.passed.device.is_empty() {
             self.on_this_host(&name)?
         } else {
             self.with_second_chances(&name)?
@@ -228,7 +280,7 @@ impl Alone {
     fn in_the_lab(&self, name: &str, filter: &[String]) -> Result<bool> {
         fs::create_dir_all(&self.report).with_context(|| format!("Cannot create {}", self.report.display()))?;
         println!("{name} in the lab");
-        let machine = self.machine()?;
+        let machine = self.passed.machine(Snapshot::Base, self.memory, &format!("program-{}", std::process::id()))?;
         machine.push(&self.program, "/root/bin/program")?;
         let mut command = lab::Command::new("/root/bin/program").args(filter.to_vec());
         if let Some(kernel) = &self.kernel {
@@ -236,10 +288,17 @@ impl Alone {
             machine.push(Path::new("/usr/bin/busybox"), "/root/bin/busybox")?;
             command = command.env(KERNEL, "/root/bin/vmlinux").env(BUSYBOX, "/root/bin/busybox");
         }
-        if let Some(passthrough) = &self.passthrough {
-            machine.push(passthrough, "/root/bin/passthrough")?;
-            let devices: Vec<_> = (0..self.device.len()).map(Hardware::address).collect();
-            command = command.env(PASSTHROUGH, "/root/bin/passthrough").env(DEVICES, devices.join(" "));
+        if let Some(passthrough) = &self.passed.passthrough {
+            machine.push(passthrough, PASSTHROUGH_PROGRAM)?;
+            command = command.env(PASSTHROUGH, PASSTHROUGH_PROGRAM).env(DEVICES, self.passed.addresses().join(" "));
+        }
+        for (number, module) in self.module.iter().enumerate() {
+            let name = module.file_name().unwrap_or_default().to_string_lossy();
+            machine.push(module, &format!("{MODULES_PLACE}/{number}-{name}"))?;
+            command = command.env(MODULES, MODULES_PLACE);
+        }
+        if self.passed.machine_kernel == lab::Kernel::Iommufd {
+            command = command.env(IOMMUFD, "1");
         }
         if let Some(rounds) = self.rounds {
             command = command.env(ROUNDS, rounds.to_string());
@@ -247,17 +306,6 @@ impl Alone {
         let status = stream(&machine, &command, Log::create(&self.log(name))?)?;
         machine.end()?;
         Ok(status == Status::Exited(0))
-    }
-
-    /// A machine from the snapshot; one with devices or more memory is booted.
-    fn machine(&self) -> Result<Machine> {
-        let name = format!("program-{}", std::process::id());
-        if self.device.is_empty() && self.memory.is_none() {
-            return Ok(Machine::restore(Snapshot::Base, &name)?);
-        }
-        let hardware = self.device.iter().fold(Hardware::new(), |hardware, device| hardware.device(*device));
-        let hardware = self.memory.into_iter().fold(hardware, Hardware::memory);
-        Ok(Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name)?)
     }
 }
 

@@ -1,13 +1,13 @@
 //! `suites`: the end-to-end suites, run as root on the machine under test.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use libtest_mimic::{FormatSetting, Trial};
-use tests::cases;
+use tests::cases::{self, devices::HostDevices};
 use tests::context::{BUSYBOX, Context, DEBIAN, Images, KATA, RUNC};
 use tests::ctr::Ctr;
 use tests::event::Deadline;
@@ -37,6 +37,12 @@ struct Arguments {
     /// The CPUs are QEMU's emulation, which kills a guest now and then: run a case that failed so once more, and say so.
     #[arg(long)]
     emulated: bool,
+    /// The PCI address of a device that containers may have; it is given to vfio-pci. Can be repeated.
+    #[arg(long, value_name = "ADDRESS", requires = "passthrough")]
+    device: Vec<String>,
+    /// The static program by which containers use such devices.
+    #[arg(long, value_name = "FILE", requires = "device")]
+    passthrough: Option<PathBuf>,
     /// Tell the results as JSON, one event a line.
     #[arg(long)]
     json: bool,
@@ -131,6 +137,10 @@ fn context(arguments: &Arguments, work: &Path, stack: Stack) -> Result<Context> 
     };
     let (work, slowness) = (work.join("case"), arguments.stack.slowness);
     let mut context = Context::new(stack, &search_path(&arguments.stack), scope, images, &work, slowness)?;
+    context.devices = arguments.passthrough.clone().map(|program| {
+        let addresses = arguments.device.clone();
+        HostDevices { addresses, program }
+    });
     context.second_chances = SecondChances::new(arguments.emulated);
     Ok(context)
 }

@@ -3,6 +3,7 @@
 mod bad_guest;
 mod bad_input;
 mod crash;
+pub mod devices;
 mod exec;
 mod exit;
 mod leftover;
@@ -29,6 +30,7 @@ pub fn all() -> Vec<Case> {
         bad_guest::CASES,
         crash::CASES,
         many::CASES,
+        devices::CASES,
     ]
     .concat()
 }

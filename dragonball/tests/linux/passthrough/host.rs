@@ -111,7 +111,9 @@ impl Host {
         let devices = addresses.into_iter().map(|address| Device { kind: Kind::of(&address), address });
         let devices: Vec<_> =
             devices.filter(|device| device.kind != Kind::Nvme || has(&modules, device.kind)).collect();
-        assert!(Command::new("modprobe").arg("vfio-pci").status().unwrap().success());
+        // Some kernels have it built in.
+        let there = Path::new("/sys/bus/pci/drivers/vfio-pci").exists();
+        assert!(there || Command::new("modprobe").arg("vfio-pci").status().unwrap().success());
         devices.iter().for_each(Device::take_from_host);
         Some(Self { devices, program: fs::read(program).unwrap(), modules })
     }
