@@ -11,8 +11,8 @@ use crate::site::Site;
 
 /// Guests that are measured for each figure, at most: each has a boot of its own. A second of iperf3's in virtual time
 /// lasts ten and more.
-const BLOCK_ROUNDS_MAX: usize = 5;
-const NET_ROUNDS_MAX: usize = 3;
+const BLOCK_ROUNDS_MAX: usize = 3;
+const NET_ROUNDS_MAX: usize = 2;
 /// Virtual seconds in which a guest's tools have done all.
 const LIMIT: &str = "20";
 
