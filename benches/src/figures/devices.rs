@@ -14,7 +14,7 @@ use crate::site::Site;
 const BLOCK_ROUNDS_MAX: usize = 3;
 const NET_ROUNDS_MAX: usize = 2;
 /// Virtual seconds in which a guest's tools have done all.
-const LIMIT: &str = "20";
+const LIMIT: &str = "8";
 
 /// Where a figure is reported, in which unit, and what is better.
 #[derive(Clone, Copy)]
