@@ -288,7 +288,11 @@ fn measure(clock: Clock, only: &[Group], inputs: &Inputs, report: &mut Report, s
         }
         status.step(&format!("Measuring {} in {}", group.name(), clock.name()));
         let site = Site::new(clock, &inputs.dist)?;
-        group.measure(&site, clock, inputs, report).with_context(|| format!("Cannot measure {}", group.name()))?;
+        let measured = group.measure(&site, clock, inputs, report);
+        match measured.with_context(|| format!("Cannot measure {}", group.name())) {
+            Err(error) if group.may_fail() => report.notes.push(format!("{error:#}.")),
+            result => result?,
+        }
     }
     Ok(())
 }

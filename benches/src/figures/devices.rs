@@ -9,10 +9,12 @@ use crate::measure::{Samples, net};
 use crate::report::{Figure, Goal, Report};
 use crate::site::Site;
 
-/// Guests that are measured for each figure: each has a boot of its own.
-const ROUNDS_MAX: usize = 5;
+/// Guests that are measured for each figure, at most: each has a boot of its own. A second of iperf3's in virtual time
+/// lasts ten and more.
+const BLOCK_ROUNDS_MAX: usize = 3;
+const NET_ROUNDS_MAX: usize = 2;
 /// Virtual seconds in which a guest's tools have done all.
-const LIMIT: &str = "20";
+const LIMIT: &str = "8";
 
 /// Where a figure is reported, in which unit, and what is better.
 #[derive(Clone, Copy)]
@@ -34,17 +36,17 @@ fn compare(report: &mut Report, samples: &Samples, suffix: &str, what: &str, kin
 }
 
 /// Runs a measurement whose guests start from the image of tools.
-fn guests(site: &Site, measurement: &str, inputs: &Inputs) -> Result<Samples> {
+fn guests(site: &Site, measurement: &str, rounds: usize, inputs: &Inputs) -> Result<Samples> {
     let base = site.provide(&kernel(&inputs.dist), "base")?;
     let tools = inputs.tools.as_ref().context("The image of tools was not made")?;
     let tools = site.provide(tools, "tools")?;
-    let rounds = inputs.rounds.min(ROUNDS_MAX).to_string();
+    let rounds = rounds.to_string();
     site.measure(&[measurement, "--kernel", &base, "--tools", &tools, "--rounds", &rounds, "--limit", LIMIT])
 }
 
 /// Disks, by fio.
 pub(super) fn block(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
-    let samples = guests(site, "block", inputs)?;
+    let samples = guests(site, "block", inputs.rounds.min(BLOCK_ROUNDS_MAX), inputs)?;
     for (job, _, measure, what) in block::QUANTITIES {
         let less_is_better = measure == Measure::Latency;
         let kind = Kind { group: "virtio-blk, virtual time", unit: measure.unit(), less_is_better };
@@ -60,7 +62,7 @@ pub(super) fn block(site: &Site, inputs: &Inputs, report: &mut Report) -> Result
 
 /// Network cards, by iperf3 and ping.
 pub(super) fn net(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
-    let samples = guests(site, "net", inputs)?;
+    let samples = guests(site, "net", inputs.rounds.min(NET_ROUNDS_MAX), inputs)?;
     for (_, way) in net::WAYS {
         for (quantity, what, unit, less_is_better) in [
             ("send", "TCP to the host", "Mbit/s", false),

@@ -68,7 +68,7 @@ pub enum Job<'a> {
         tap: &'a str,
         /// Whether the host's kernel moves the packets.
         vhost: bool,
-        /// `guest=`, `host=`, `pings=` and `bytes=`.
+        /// `guest=`, `host=`, `pings=` and `seconds=`.
         words: &'a str,
     },
 }

@@ -17,8 +17,8 @@ net)
     {
         # Not the one that the shell brings.
         /usr/bin/ping -A -q -n -c "$pings" "$host"
-        iperf3 --json --client "$host" --bytes "$bytes"
-        iperf3 --json --client "$host" --bytes "$bytes" --reverse
+        iperf3 --json --client "$host" --time "$seconds"
+        iperf3 --json --client "$host" --time "$seconds" --reverse
     } > /tmp/answer
     ;;
 esac
