@@ -7,16 +7,17 @@
 use std::sync::atomic::{AtomicU32, Ordering};
 
 /// What the text of a failure says when a guest died or hung. Any other failure counts at once.
-const SIGNS: [&str; 8] = [
+const SIGNS: [&str; 9] = [
     "the guest met a triple fault",
     "the guest kernel panicked",
     "did not answer within",
     "did not end before its deadline",
     "DEADLINE_EXCEEDED",
-    // What dragonball says of a guest that does not follow a change.
+    // What is said of a guest that does not follow a change: dragonball's errors, and the runtime's.
     "Unseen(",
-    "NoDriver(",
     "InUse(",
+    "did not look at the new device within",
+    "the guest reached",
 ];
 
 /// The second chances that are left.

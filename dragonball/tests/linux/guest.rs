@@ -122,6 +122,13 @@ impl Guest {
         self.directory.path()
     }
 
+    /// Resizes the machine to `count` vCPUs; the guest need not bring them online.
+    pub(crate) fn resize_vcpus(&self, count: u8) {
+        let reached = self.vm.manager().resize_vcpus(count, PATIENCE).unwrap();
+        let seconds = PATIENCE.as_secs();
+        assert_eq!(reached.present, count, "the guest did not answer within {seconds} s: {reached:?}");
+    }
+
     /// Runs `command` in the guest's shell and returns what it printed.
     pub(crate) fn run(&mut self, command: &str) -> String {
         self.input.write_all(format!("{command}; echo {END}\n").as_bytes()).unwrap();

@@ -90,18 +90,18 @@ fn a_device_is_taken_from_a_guest_that_was_resized_in_the_middle() {
     let manager = guest.vm.manager();
     let image = file(guest.directory(), "disk", 16 << 20);
     // One alone: others that come up would make KVM find it.
-    assert_eq!(manager.resize_vcpus(2, LONG).unwrap().present, 2);
+    guest.resize_vcpus(2);
     assert_eq!(guest.run("echo 1 > /sys/devices/system/cpu/cpu1/online; nproc"), "2\n");
     let work = "for cpu in 1 2 3; do (while true; do :; done) & done";
     guest.run(work);
     for _ in 0..2 {
-        assert_eq!(manager.resize_vcpus(8, LONG).unwrap().present, 8);
+        guest.resize_vcpus(8);
         assert_eq!(
             guest.run("for n in 1 2 3 4 5 6 7; do echo 1 > /sys/devices/system/cpu/cpu$n/online; done; nproc"),
             "8\n"
         );
         add(&manager, "disk", &disk(&image));
-        assert_eq!(manager.resize_vcpus(2, LONG).unwrap().present, 2);
+        guest.resize_vcpus(2);
         assert_eq!(guest.run("nproc; test -b /dev/vda && echo there"), "2\nthere\n");
         manager.remove_device("disk", LONG).unwrap();
     }

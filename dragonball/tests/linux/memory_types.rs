@@ -45,7 +45,6 @@ fn what_a_guest_writes_to_its_mtrrs_is_on_every_vcpu_that_there_is_and_that_come
         ..MachineConfig::new(kernel)
     };
     let mut guest = Guest::start(config);
-    let manager = guest.vm.manager();
     let (start, length) = RANGE;
     assert_eq!(guest.run("cat /proc/mtrr"), "", "everything is the default at first");
     assert_eq!(type_of(&equal(&guest, 2), start), MemoryType::WriteBack);
@@ -60,7 +59,7 @@ fn what_a_guest_writes_to_its_mtrrs_is_on_every_vcpu_that_there_is_and_that_come
 
     // Those that come have it before the guest starts them, and after; one that went and comes back too.
     for count in [4, 1, 3] {
-        assert_eq!(manager.resize_vcpus(count, LONG).unwrap().present, count);
+        guest.resize_vcpus(count);
         let before = equal_mtrrs(&guest);
         guest.bring_online(count);
         assert_eq!(equal(&guest, usize::from(count)).runs, before.runs);

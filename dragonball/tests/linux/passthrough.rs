@@ -144,7 +144,7 @@ fn memory_that_came_after_a_device_is_in_its_reach_until_it_goes() {
     let access = |guest: &mut Guest, how: &str| guest.run(&format!("passthrough {how} {place:#x}"));
     for size in [512 * MIB, 256 * MIB, 512 * MIB, 256 * MIB] {
         let reached = manager.resize_memory(size, LONG).unwrap().present;
-        assert_eq!(reached, size, "the guest's memory");
+        assert_eq!(reached, size, "the guest did not answer within {LONG:?}: its memory");
         if size == 512 * MIB {
             assert!(access(&mut guest, "read").contains("ok: reached"));
             assert_all_work(&mut guest, 2, "more memory");
