@@ -151,6 +151,8 @@ impl Guest {
     ) -> Result<Launched> {
         fs::write(file, description).map_err(Error::io(format!("cannot write {}", file.display())))?;
         let (id, file) = (container.id.clone(), file.to_owned());
+        // It is never closed.
+        let _turn = container.turn.acquire().await;
         self.launch(process, "exec", |stdio| Request::Exec { id, process: file, stdio }).await
     }
 

@@ -5,6 +5,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use tokio::sync::Semaphore;
 use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
@@ -47,6 +48,9 @@ pub(crate) struct Container {
     pub(crate) paused: Cell<bool>,
     pub(crate) deleting: Cell<bool>,
     pub(crate) memory_watch: RefCell<Option<AbortHandle>>,
+    /// One helper at a time starts a process in it: each reads the container's state file and writes it again, and a
+    /// file that is being written has nothing in it.
+    pub(crate) turn: Semaphore,
     execs: RefCell<HashMap<String, Exec>>,
 }
 
@@ -120,6 +124,7 @@ impl Container {
             paused: Cell::new(false),
             deleting: Cell::new(false),
             memory_watch: RefCell::default(),
+            turn: Semaphore::new(1),
             execs: RefCell::default(),
         })
     }
