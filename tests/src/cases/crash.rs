@@ -62,7 +62,7 @@ fn kill(process: &Pidfd) -> Result<()> {
 }
 
 /// Options that put ctr's own FIFOs where the case ends: ctr forgets them when it did not delete the task itself.
-fn with_fifos(context: &Context, options: &[&str]) -> Vec<String> {
+pub(super) fn with_fifos(context: &Context, options: &[&str]) -> Vec<String> {
     let directory = context.work.join("fifos").display().to_string();
     options.iter().map(|option| (*option).to_owned()).chain(["--fifo-dir".to_owned(), directory]).collect()
 }

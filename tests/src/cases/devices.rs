@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
+use super::crash;
 use crate::context::{BUSYBOX, Context};
 use crate::ctr::Container;
 use crate::harness::Case;
@@ -133,7 +134,8 @@ fn after_death(context: &Context) -> Result<()> {
     options.extend(["--device".to_owned(), group(address)?]);
     let id = context.id("killed");
     let mut events = Events::subscribe(&context.ctr)?;
-    let container = context.ctr.detach(&strings(&options), BUSYBOX, &id, &["sleep", "10000"])?;
+    let with_fifos = crash::with_fifos(context, &strings(&options));
+    let container = context.ctr.detach(&strings(&with_fifos), BUSYBOX, &id, &["sleep", "10000"])?;
     use_device(&container, "before")?;
     let pid = nix::unistd::Pid::from_raw(container.status()?.pid);
     nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
