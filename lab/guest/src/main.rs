@@ -4,6 +4,7 @@
 //! ARGUMENTS…` starts a service in the background and returns when the service says that it is ready.
 
 mod daemon;
+mod mend;
 mod port;
 mod reactor;
 mod serve;
@@ -17,7 +18,7 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = arguments.iter().map(String::as_str).collect();
     let result = match words.as_slice() {
-        ["serve"] => serve::serve_all(),
+        ["serve"] => serve(),
         ["daemon", log, program @ ..] if !program.is_empty() => daemon::start(log.as_ref(), program),
         _ => Err(std::io::Error::other("Use: lab-guest serve | lab-guest daemon LOG PROGRAM [ARGUMENT…]")),
     };
@@ -28,4 +29,11 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Serves with virtualization mended, where the kernel has any.
+fn serve() -> std::io::Result<()> {
+    let _mend = mend::Mend::put()
+        .inspect_err(|error| eprintln!("lab-guest: VMs may hang or crash, for virtualization stays as it is: {error}"));
+    serve::serve_all()
 }
