@@ -3,6 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MmapRegion};
@@ -12,10 +13,21 @@ use super::blocks::BLOCK;
 /// The name of guest RAM in `/proc/<pid>/smaps` (`[anon:guest-ram]`), so that it can be told from the monitor's own.
 const RAM_NAME: &std::ffi::CStr = c"guest-ram";
 
-/// Maps `length` bytes of zeroed memory that costs nothing until it is touched.
+/// Maps `length` bytes of zeroed memory that costs nothing until it is touched. They begin at a multiple of [`BLOCK`], so
+/// that the huge pages of host, guest and IOMMU lie upon each other. Returns that view, and the mapping that it is a part
+/// of, which must live as long.
 ///
 /// # Errors
 /// When the host has no room.
+pub(crate) fn ram(length: u64) -> io::Result<(MmapRegion, MmapRegion)> {
+    aligned(length, libc::PROT_READ | libc::PROT_WRITE)
+}
+
+/// Maps `length` bytes of zeroed memory that costs nothing until it is touched, wherever there is room.
+///
+/// # Errors
+/// When the host has no room.
+#[cfg(any(test, feature = "testing"))]
 pub(crate) fn anonymous(length: usize) -> io::Result<MmapRegion> {
     let region = MmapRegionBuilder::new(length)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
@@ -28,16 +40,19 @@ pub(crate) fn anonymous(length: usize) -> io::Result<MmapRegion> {
 }
 
 /// Reserves addresses for `length` bytes of memory, a multiple of [`BLOCK`], of which nothing can be accessed before it
-/// is opened ([`open`]). They begin at a multiple of [`BLOCK`], so that huge pages fit. Returns that view, and the mapping
-/// that it is a part of, which must live as long.
+/// is opened ([`open`]). They begin and are returned as [`ram`]'s.
 ///
 /// # Errors
 /// When the host has no room.
 pub(crate) fn reserve(length: u64) -> io::Result<(MmapRegion, MmapRegion)> {
+    aligned(length, libc::PROT_NONE)
+}
+
+fn aligned(length: u64, protection: libc::c_int) -> io::Result<(MmapRegion, MmapRegion)> {
     let with_room = length.checked_add(BLOCK).ok_or(io::ErrorKind::InvalidInput)?;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let owner = MmapRegionBuilder::new(usize::try_from(with_room).map_err(io::Error::other)?)
-        .with_mmap_prot(libc::PROT_NONE)
+        .with_mmap_prot(protection)
         .with_mmap_flags(flags)
         .build()
         .map_err(io::Error::other)?;
@@ -48,8 +63,41 @@ pub(crate) fn reserve(length: u64) -> io::Result<(MmapRegion, MmapRegion)> {
     // SAFETY: the view lies in the owner's pages, which are at least a block longer; the caller keeps the owner as long,
     // and a region of a raw pointer does not unmap it.
     let view = unsafe { MmapRegionBuilder::new(length).with_raw_mmap_pointer(owner.as_ptr().add(skip)) };
-    let view = view.with_mmap_prot(libc::PROT_NONE).with_mmap_flags(flags).build().map_err(io::Error::other)?;
+    let view = view.with_mmap_prot(protection).with_mmap_flags(flags).build().map_err(io::Error::other)?;
     Ok((view, owner))
+}
+
+/// How much one thread fills at a time.
+const PIECE: usize = 64 << 20;
+/// More threads than this find no more memory bandwidth.
+const FILLERS_MAX: usize = 8;
+
+/// Fills `length` bytes of memory at `host`, which may have content, before somebody pins them: in huge pages where the
+/// host has any, and by several threads, as most of it is the zeroing. No more than a good turn: what is not filled here
+/// (kernels before 5.14 do not know how) is filled by who pins it, page by page, who also says what is wrong.
+pub(crate) fn fill(host: u64, length: u64) {
+    let (Ok(start), Ok(length)) = (usize::try_from(host), usize::try_from(length)) else { return };
+    let pieces = length.div_ceil(PIECE);
+    let next = AtomicUsize::new(0);
+    let fill = || {
+        let mine = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|piece| *piece < pieces);
+        while let Some(piece) = mine() {
+            let offset = piece * PIECE;
+            let (address, length) = ((start + offset) as *mut libc::c_void, PIECE.min(length - offset));
+            for advice in [libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE] {
+                // SAFETY: neither advice changes what any memory holds, wherever it points to.
+                unsafe { libc::madvise(address, length, advice) };
+            }
+        }
+    };
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(FILLERS_MAX).min(pieces);
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            // One that cannot be had is one less.
+            let _ = std::thread::Builder::new().name("fill".to_owned()).spawn_scoped(scope, fill);
+        }
+        fill();
+    });
 }
 
 fn name_as_ram(region: &MmapRegion) {
@@ -176,12 +224,27 @@ pub(crate) fn is_resident(address: u64) -> bool {
 mod tests {
     use std::io::Write;
 
+    use vm_memory::{Bytes as _, VolatileMemory as _};
+
     use super::*;
 
     fn byte_at(region: &MmapRegion, offset: usize) -> u8 {
         assert!(offset < region.size());
         // SAFETY: inside of the region, which is readable.
         unsafe { region.as_ptr().add(offset).read_volatile() }
+    }
+
+    #[test]
+    fn filled_memory_is_there_and_keeps_its_content() {
+        const LENGTH: u64 = 3 * (PIECE as u64) / 2;
+        let (view, _owner) = ram(LENGTH).unwrap();
+        let host = view.as_ptr() as u64;
+        assert!(host.is_multiple_of(BLOCK));
+        view.get_slice(12_288, 1).unwrap().write_obj(7_u8, 0).unwrap();
+        assert!(!is_resident(host + LENGTH - PAGE));
+        fill(host, LENGTH);
+        assert!((0..LENGTH / PAGE).all(|page| is_resident(host + page * PAGE)));
+        assert_eq!(view.get_slice(12_288, 1).unwrap().read_obj::<u8>(0).unwrap(), 7);
     }
 
     #[test]

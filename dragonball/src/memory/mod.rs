@@ -47,8 +47,7 @@ impl GuestRam {
     pub(crate) fn with_pluggable(size: u64, pluggable: Option<Range>) -> io::Result<Self> {
         let mut regions = Vec::new();
         for range in layout::ram(size) {
-            let length = usize::try_from(range.length).map_err(io::Error::other)?;
-            let region = Region::fixed(mapping::anonymous(length)?, GuestAddress(range.start));
+            let region = Region::fixed(mapping::ram(range.length)?, GuestAddress(range.start));
             regions.push(region.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidInput))?);
         }
         if let Some(range) = pluggable {

@@ -25,9 +25,9 @@ const BLOCKS_PER_SLOT: u64 = SLOT / BLOCK;
 /// # Errors
 /// When the host has no addresses left.
 pub(crate) fn region(range: Range) -> io::Result<Region> {
-    let (view, owner) = mapping::reserve(range.length)?;
     let blocks = Arc::new(PluggedBlocks::new(range.length));
-    Region::pluggable(view, owner, GuestAddress(range.start), blocks).ok_or_else(|| io::ErrorKind::InvalidInput.into())
+    Region::pluggable(mapping::reserve(range.length)?, GuestAddress(range.start), blocks)
+        .ok_or_else(|| io::ErrorKind::InvalidInput.into())
 }
 
 /// Pluggable memory of a machine.

@@ -26,24 +26,24 @@ pub type GuestRegions = GuestRegionCollection<Region>;
 pub struct Region {
     mapping: GuestRegionMmap<()>,
     blocks: Option<Arc<PluggedBlocks>>,
-    /// What keeps the pages of `mapping` where that is only a view of them.
-    _owner: Option<MmapRegion>,
+    /// What keeps the pages, of which `mapping` is only a view.
+    _owner: MmapRegion,
 }
 
 impl Region {
-    /// Memory at `start` that is always there; `None` when it would not fit below the end of all addresses.
-    pub(crate) fn fixed(mapping: MmapRegion, start: GuestAddress) -> Option<Self> {
-        Some(Self { mapping: GuestRegionMmap::new(mapping, start)?, blocks: None, _owner: None })
+    /// Memory at `start` that is always there; `view` is a part of `owner`'s pages. `None` when it would not fit below the
+    /// end of all addresses.
+    pub(crate) fn fixed((view, owner): (MmapRegion, MmapRegion), start: GuestAddress) -> Option<Self> {
+        Some(Self { mapping: GuestRegionMmap::new(view, start)?, blocks: None, _owner: owner })
     }
 
     /// Memory at `start` whose `blocks` come and go; `view` is a part of `owner`'s pages.
     pub(crate) fn pluggable(
-        view: MmapRegion,
-        owner: MmapRegion,
+        (view, owner): (MmapRegion, MmapRegion),
         start: GuestAddress,
         blocks: Arc<PluggedBlocks>,
     ) -> Option<Self> {
-        Some(Self { mapping: GuestRegionMmap::new(view, start)?, blocks: Some(blocks), _owner: Some(owner) })
+        Some(Self { mapping: GuestRegionMmap::new(view, start)?, blocks: Some(blocks), _owner: owner })
     }
 
     /// The blocks that come and go; nothing for memory that is always there.
@@ -119,9 +119,10 @@ mod tests {
     #[test]
     fn accesses_reach_plugged_blocks_only_and_follow_them() {
         let blocks = Arc::new(PluggedBlocks::new(4 * BLOCK));
-        let (view, owner) = mapping::reserve(4 * BLOCK).unwrap();
-        let region = Region::pluggable(view, owner, GuestAddress(4 * BLOCK), Arc::clone(&blocks)).unwrap();
-        let fixed = Region::fixed(mapping::anonymous(2 << 20).unwrap(), GuestAddress(0)).unwrap();
+        let region =
+            Region::pluggable(mapping::reserve(4 * BLOCK).unwrap(), GuestAddress(4 * BLOCK), Arc::clone(&blocks))
+                .unwrap();
+        let fixed = Region::fixed(mapping::ram(2 << 20).unwrap(), GuestAddress(0)).unwrap();
         let memory = GuestRegions::from_regions(vec![fixed, region]).unwrap();
         let reachable = |start: u64, length| memory.check_range(GuestAddress(start), length);
         assert!(reachable(0, 2 << 20) && !reachable(4 * BLOCK, 1));

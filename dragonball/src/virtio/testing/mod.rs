@@ -91,7 +91,7 @@ impl Interrupt for TestInterrupt {
 
 fn fixed_regions(ranges: &[(u64, usize)]) -> Vec<Region> {
     let region = |&(start, length): &(u64, usize)| {
-        Region::fixed(mapping::anonymous(length).expect("memory"), GuestAddress(start)).expect("a region")
+        Region::fixed(mapping::ram(length as u64).expect("memory"), GuestAddress(start)).expect("a region")
     };
     ranges.iter().map(region).collect()
 }
