@@ -49,14 +49,27 @@ pub enum Group {
     Block,
     /// Throughput and latency of network cards
     Net,
+    /// Disks and network cards that come to a running guest
+    HotPlug,
     /// What idle VMs make their host do
     Idle,
+    /// A GPU of the host that comes to a running guest
+    Vfio,
 }
 
 impl Group {
     /// All groups, in the order of the report.
-    pub const ALL: [Self; 7] =
-        [Self::Boot, Self::Kernel, Self::Memory, Self::Containers, Self::Block, Self::Net, Self::Idle];
+    pub const ALL: [Self; 9] = [
+        Self::Boot,
+        Self::Kernel,
+        Self::Memory,
+        Self::Containers,
+        Self::Block,
+        Self::Net,
+        Self::HotPlug,
+        Self::Idle,
+        Self::Vfio,
+    ];
 
     /// Its name in progress messages.
     #[must_use]
@@ -68,7 +81,9 @@ impl Group {
             Self::Containers => "containers",
             Self::Block => "disks",
             Self::Net => "network cards",
+            Self::HotPlug => "hot-plug",
             Self::Idle => "idle VMs",
+            Self::Vfio => "a device of the host",
         }
     }
 
@@ -78,9 +93,9 @@ impl Group {
     pub fn is_measured_in(self, clock: Clock) -> bool {
         match self {
             Self::Boot | Self::Containers => true,
-            Self::Kernel | Self::Memory | Self::Block | Self::Net => clock == Clock::Virtual,
-            // Virtual time runs away from a machine that idles.
-            Self::Idle => clock == Clock::Wall,
+            Self::Kernel | Self::Memory | Self::Block | Self::Net | Self::HotPlug => clock == Clock::Virtual,
+            // Virtual time runs away from a machine that idles, and one CPU hides what several do at once.
+            Self::Idle | Self::Vfio => clock == Clock::Wall,
         }
     }
 
@@ -88,13 +103,21 @@ impl Group {
     /// lab's emulated processor.
     #[must_use]
     pub fn may_fail(self) -> bool {
-        self.needs_tools()
+        matches!(self, Self::Block | Self::Net)
     }
 
     /// Whether its guests start from the image of tools.
     #[must_use]
     pub fn needs_tools(self) -> bool {
-        matches!(self, Self::Block | Self::Net)
+        matches!(self, Self::Block | Self::Net | Self::HotPlug | Self::Vfio)
+    }
+
+    /// The machine that it is measured in.
+    ///
+    /// # Errors
+    /// When it does not start.
+    pub fn site(self, clock: Clock, dist: &Path) -> Result<Site> {
+        if self == Self::Vfio { Site::with_gpu(dist) } else { Site::new(clock, dist) }
     }
 
     /// Measures its figures at `site` and adds them to `report`.
@@ -109,7 +132,9 @@ impl Group {
             Self::Containers => containers(site, clock, inputs, report),
             Self::Block => devices::block(site, inputs, report),
             Self::Net => devices::net(site, inputs, report),
+            Self::HotPlug => devices::hot_plug(site, inputs, report),
             Self::Idle => devices::idle(site, inputs, report),
+            Self::Vfio => devices::vfio(site, inputs, report),
         }
     }
 }

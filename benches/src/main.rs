@@ -11,7 +11,7 @@ use benches::guest;
 use benches::measure::boot::Contender;
 use benches::measure::machine::Parts;
 use benches::measure::vmm::Vmm;
-use benches::measure::{Samples, block, boot, containers, idle, memory, net};
+use benches::measure::{Samples, block, boot, containers, hot_plug, idle, memory, net};
 use benches::report::{Report, round};
 use benches::site::{Clock, Site};
 use benches::tools;
@@ -106,6 +106,16 @@ enum Measure {
     Block(Guests),
     /// Throughput and latency of network cards
     Net(Guests),
+    /// Disks and network cards that come to running guests
+    HotPlug(Guests),
+    /// A device of the host that comes to running guests
+    Vfio {
+        #[command(flatten)]
+        guests: Guests,
+        /// Its address on the PCI bus
+        #[arg(long)]
+        address: String,
+    },
     /// Thread switches of idle VMs
     Idle {
         #[arg(long)]
@@ -197,6 +207,10 @@ fn take_samples(measure: Measure) -> Result<()> {
         }
         Measure::Block(guests) => samples.extend(block::measure(guests.parts(), guests.rounds)?),
         Measure::Net(guests) => samples.extend(net::measure(guests.parts(), guests.rounds)?),
+        Measure::HotPlug(guests) => samples.extend(hot_plug::measure(guests.parts(), guests.rounds)?),
+        Measure::Vfio { guests, address } => {
+            samples.extend(hot_plug::measure_host_device(guests.parts(), &address, guests.rounds)?);
+        }
         Measure::Idle { kernel, image } => samples.extend(idle::measure(&kernel, &image)?),
         Measure::Containers { archive, rounds, limit } => {
             containers::configure(limit)?;
@@ -287,7 +301,7 @@ fn measure(clock: Clock, only: &[Group], inputs: &Inputs, report: &mut Report, s
             continue;
         }
         status.step(&format!("Measuring {} in {}", group.name(), clock.name()));
-        let site = Site::new(clock, &inputs.dist)?;
+        let site = group.site(clock, &inputs.dist)?;
         let measured = group.measure(&site, clock, inputs, report);
         match measured.with_context(|| format!("Cannot measure {}", group.name())) {
             Err(error) if group.may_fail() => report.notes.push(format!("{error:#}.")),

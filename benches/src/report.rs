@@ -71,6 +71,14 @@ impl Figure {
         self
     }
 
+    /// The same at another place of the sample than its median, with the ratio to the peer's there.
+    #[must_use]
+    pub fn at_percentile(mut self, percent: usize, own: &Sample, peer: Option<&Sample>) -> Self {
+        self.value = own.percentile(percent);
+        self.ratio = peer.map(|peer| self.value / peer.percentile(percent));
+        self
+    }
+
     /// Adds what it has to reach.
     #[must_use]
     pub fn with_goal(mut self, goal: Goal) -> Self {

@@ -49,6 +49,13 @@ impl Sample {
         self.sorted[self.sorted.len() - 1]
     }
 
+    /// The smallest value that this many of a hundred values do not exceed: one that was measured.
+    #[must_use]
+    pub fn percentile(&self, percent: usize) -> f64 {
+        let rank = (self.sorted.len() * percent).div_ceil(100);
+        self.sorted[rank.clamp(1, self.sorted.len()) - 1]
+    }
+
     /// The median of the ratios of values that were measured one after the other, which cancels what
     /// both suffered from alike; the ratio of the medians where the two were not measured in pairs.
     #[must_use]
@@ -84,6 +91,12 @@ mod tests {
         // The machine became twice as slow after the first pair: the ratio does not notice.
         assert!((sample(&[1.0, 2.0, 2.0]).ratio(&sample(&[2.0, 4.0, 4.0])) - 0.5).abs() < 1e-12);
         assert!((sample(&[1.0, 3.0]).ratio(&sample(&[4.0])) - 0.5).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_percentile_is_a_value_that_was_measured() {
+        let sample = Sample::new((1..=60).map(f64::from).collect()).unwrap();
+        assert_eq!([0, 50, 99, 100].map(|percent| sample.percentile(percent)), [1.0, 30.0, 60.0, 60.0]);
     }
 
     #[test]

@@ -4,12 +4,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use lab::{Input, Machine, Snapshot};
+use lab::{Device, Hardware, Input, Machine, Setup, Snapshot};
 
 use crate::measure::Samples;
 
 /// Longest that one measurement may take, in the host's time.
 const LIMIT: Duration = Duration::from_secs(3600);
+/// Video memory of the GPU in bytes, and memory of the machine with it in MiB: it has room for a guest of 2 GiB.
+const GPU_MEMORY: u64 = 8 << 30;
+const GPU_MACHINE_MEMORY: u32 = 5120;
 /// Where this program lies in the lab machine.
 const PROGRAM: &str = "/usr/local/bin/tatami-benches";
 /// Where the inputs lie in the lab machine.
@@ -66,6 +69,24 @@ impl Site {
         Ok(site)
     }
 
+    /// Boots a lab machine with a GPU behind an IOMMU at [`Self::gpu`] and installs `dist` in it.
+    ///
+    /// # Errors
+    /// When the machine does not start.
+    pub fn with_gpu(dist: &Path) -> Result<Self> {
+        let hardware = Hardware::new().device(Device::Gpu(GPU_MEMORY)).memory(GPU_MACHINE_MEMORY);
+        let name = format!("bench-gpu-{}", std::process::id());
+        let site = Self::with_program(Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name)?)?;
+        site.0.push(dist, "/").with_context(|| format!("Cannot install {} in the lab machine", dist.display()))?;
+        Ok(site)
+    }
+
+    /// Where the GPU is on the machine's PCI bus.
+    #[must_use]
+    pub fn gpu() -> String {
+        Hardware::address(0)
+    }
+
     /// Restores a lab machine without the stack, to measure peers alone.
     ///
     /// # Errors
@@ -73,6 +94,10 @@ impl Site {
     pub fn bare(clock: Clock) -> Result<Self> {
         let snapshot = clock.snapshot();
         let machine = Machine::restore(snapshot, &format!("bench-{}-{}", snapshot.name(), std::process::id()))?;
+        Self::with_program(machine)
+    }
+
+    fn with_program(machine: Machine) -> Result<Self> {
         machine.push(&std::env::current_exe().context("This program has no path")?, PROGRAM)?;
         Ok(Self(machine))
     }

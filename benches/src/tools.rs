@@ -22,7 +22,7 @@ const PRIVATE_LIBRARIES: [&str; 2] = ["", "ceph"];
 /// Their loader, in the same place.
 pub const LOADER: &str = "ld-linux-x86-64.so.2";
 /// Programs of busybox that the guest's `/init` uses.
-const APPLETS: [&str; 5] = ["dd", "ip", "mount", "reboot", "sh"];
+const APPLETS: [&str; 7] = ["dd", "grep", "ip", "mount", "reboot", "sh", "uevent"];
 /// Where the guest mounts.
 const DIRECTORIES: [&str; 6] = ["bin", "dev", "etc", "proc", "sys", "tmp"];
 /// The image's name in its cache entry.

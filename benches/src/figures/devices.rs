@@ -1,11 +1,11 @@
-//! The figures of disks, network cards and idle VMs.
+//! The figures of disks, network cards, devices that come later, and idle VMs.
 
 use anyhow::{Context as _, Result};
 
 use super::{Inputs, kernel, sample};
 use crate::measure::block::{self, Measure};
 use crate::measure::machine::Machine;
-use crate::measure::{Samples, net};
+use crate::measure::{Samples, hot_plug, net};
 use crate::report::{Figure, Goal, Report};
 use crate::site::Site;
 
@@ -79,6 +79,58 @@ pub(super) fn net(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<(
     );
     Ok(())
 }
+
+/// Guests that devices come to, at most.
+const HOT_PLUG_ROUNDS_MAX: usize = 3;
+
+/// Disks and network cards that come later.
+pub(super) fn hot_plug(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
+    let samples = guests(site, "hot-plug", inputs.rounds.min(HOT_PLUG_ROUNDS_MAX), inputs)?;
+    let group = "Hot-plug, virtual time";
+    for (device, what) in [("blk", "a disk until its node"), ("net", "a network card until its interface")] {
+        let [own, peer] = Machine::ALL.map(|machine| sample(&samples, &format!("{} {device}", machine.name()), 1.0));
+        let (own, peer) = (own?, peer?);
+        for (percent, name) in [(50, "median"), (99, "99th percentile")] {
+            let [own_name, peer_name] = Machine::ALL.map(|machine| format!("{}: {what}, {name}", machine.name()));
+            let figure = Figure::new(group, own_name, "ms", &own).against(&peer_name, &own, &peer);
+            let figure = figure.at_percentile(percent, &own, Some(&peer)).with_goal(Goal::RatioAtMost(0.7));
+            let of_peer = Figure::new(group, peer_name, "ms", &peer).at_percentile(percent, &peer, None);
+            report.figures.extend([figure, of_peer]);
+        }
+    }
+    report.notes.push(
+        "Hot-plug: from the request on the control socket until the guest's kernel tells of the new disk or interface; \
+         QEMU's devices come to a PCI Express port by ACPI."
+            .to_owned(),
+    );
+    Ok(())
+}
+
+/// A GPU of the host that comes later.
+pub(super) fn vfio(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
+    const GUEST_LIMIT: &str = "300";
+    let base = site.provide(&kernel(&inputs.dist), "base")?;
+    let tools = inputs.tools.as_ref().context("The image of tools was not made")?;
+    let tools = site.provide(tools, "tools")?;
+    let (rounds, address) = (inputs.rounds.min(VFIO_ROUNDS_MAX).to_string(), Site::gpu());
+    let guests = ["vfio", "--kernel", &base, "--tools", &tools, "--rounds", &rounds, "--limit", GUEST_LIMIT];
+    let samples = site.measure(&[&guests[..], &["--address", &address]].concat())?;
+    let group = "GPU of 8 GiB to a guest of 2 GiB, wall time";
+    let [own, peer] = Machine::ALL.map(|machine| sample(&samples, &format!("{} vfio", machine.name()), 1.0));
+    let (own, peer) = (own?, peer?);
+    let [own_name, peer_name] =
+        Machine::ALL.map(|machine| format!("{}: from the request until the guest has it", machine.name()));
+    let figure = Figure::new(group, own_name, "ms", &own).against(&peer_name, &own, &peer);
+    report.figures.extend([figure.with_goal(Goal::RatioAtMost(0.7)), Figure::new(group, peer_name, "ms", &peer)]);
+    for (step, what) in hot_plug::STEPS {
+        let values = sample(&samples, step, 1.0)?;
+        report.figures.push(Figure::new(group, format!("dragonball: {what}"), "ms", &values));
+    }
+    Ok(())
+}
+
+/// Guests that the GPU comes to, at most.
+const VFIO_ROUNDS_MAX: usize = 3;
 
 /// Idle VMs.
 pub(super) fn idle(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {

@@ -3,10 +3,13 @@
 pub mod block;
 pub mod boot;
 pub mod containers;
+pub mod hot_plug;
 pub mod idle;
+mod lines;
 pub mod machine;
 pub mod memory;
 pub mod net;
+mod qmp;
 pub mod smaps;
 pub mod trace;
 pub mod vmm;

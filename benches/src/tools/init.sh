@@ -7,6 +7,13 @@ mount -t sysfs sysfs /sys
 mount -t tmpfs tmpfs /tmp
 
 case "$job" in
+hot-plug)
+    # It ends with the machine. What comes before it listens (protocol 15, group 1) would be lost.
+    uevent &
+    until grep -q ' 15 .* 00000001 ' /proc/net/netlink; do :; done
+    echo ready
+    wait
+    ;;
 block)
     fio --output-format=json --output=/tmp/answer /etc/block.fio
     ;;
