@@ -111,6 +111,17 @@ pub(crate) fn loopback_up() {
     }
 }
 
+/// Takes the host's generator of random numbers from the kernel, which has been seeded by it and is again by the first
+/// request: it would read from it for ever, once a minute in the end, and wake a host whose guest has nothing to do.
+pub(crate) fn rest_random_source() {
+    match fs::write("/sys/class/misc/hw_random/rng_current", "none") {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            tracing::warn!(%error, "the kernel goes on reading random numbers from the host");
+        }
+        _ => {}
+    }
+}
+
 /// A parameter of the kernel command line, `agent.<name>=<value>`.
 pub(crate) fn kernel_parameter(name: &str) -> Option<String> {
     let line = fs::read_to_string("/proc/cmdline").ok()?;

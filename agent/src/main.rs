@@ -159,6 +159,9 @@ async fn serve_host(endpoint: Endpoint, mut timeline: Timeline) -> Result<()> {
         .await
         .map_err(|error| Error::Io { what: "cannot serve".into(), source: std::io::Error::other(error) })?;
     timeline.stamp("ready");
+    if std::process::id() == 1 {
+        boot::rest_random_source();
+    }
 
     let guest = Guest::new(endpoint, reaper, timeline);
     let shutdown = Arc::clone(&jobs.shutdown);

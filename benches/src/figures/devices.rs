@@ -143,11 +143,6 @@ pub(super) fn idle(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<
     report.figures.push(figure.with_goal(Goal::AtMost(0.0)));
     let vcpu = sample(&samples, "vcpu", 1.0)?;
     report.figures.push(Figure::new(group, "thread switches over 30 s, vCPU threads", "1/s", &vcpu));
-    report.notes.push(
-        "Idle VM: image, vsock, shared directory and network card as a pod has them. A guest kernel reads virtio-rng \
-         again and again for its entropy pool, each half of its uptime at first and once a minute after two minutes: \
-         each read is a switch to the device thread and back."
-            .to_owned(),
-    );
+    report.notes.push("Idle VM: image, vsock, shared directory and network card as a pod has them.".to_owned());
     Ok(())
 }
