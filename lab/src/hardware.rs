@@ -166,9 +166,9 @@ impl Hardware {
         self.devices.iter().any(|device| matches!(device, Device::Gpu(_)))
     }
 
-    /// What the kernel is told.
+    /// What the kernel is told, and by its command line the command server (`lab/guest/src/mend.rs`).
     pub(crate) fn kernel_options() -> &'static str {
-        " intel_iommu=on iommu=pt"
+        " intel_iommu=on iommu=pt lab.mend"
     }
 }
 

@@ -175,13 +175,6 @@ fn the_machines_kvm_is_hardware_virtualization() {
 }
 
 #[test]
-fn the_machines_virtualization_is_mended() {
-    let machine = machine("mended");
-    let programs = shell(&machine, "ls -l /proc/$(pgrep -o lab-guest)/fd | grep -c bpf_link").text();
-    assert_eq!(programs, "2\n", "the programs of lab/guest/src/mend.rs");
-}
-
-#[test]
 fn a_setup_is_done_once_and_found_in_each_machine() {
     let dir = tempfile::tempdir().unwrap();
     let file = dir.path().join("file");

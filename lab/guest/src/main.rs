@@ -31,9 +31,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Serves with virtualization mended, where the kernel has any.
+/// Serves, with virtualization mended where the kernel's command line says so.
 fn serve() -> std::io::Result<()> {
-    let _mend = mend::Mend::put()
-        .inspect_err(|error| eprintln!("lab-guest: VMs may hang or crash, for virtualization stays as it is: {error}"));
+    let wanted = std::fs::read_to_string("/proc/cmdline")?.split_whitespace().any(|word| word == "lab.mend");
+    let _mend = wanted.then(|| {
+        mend::Mend::put()
+            .inspect_err(|error| eprintln!("lab-guest: VMs may hang, for virtualization stays as it is: {error}"))
+    });
     serve::serve_all()
 }

@@ -1,4 +1,4 @@
-//! Mends virtualization as QEMU's emulated CPUs have it, for as long as the machine runs.
+//! Mends virtualization as QEMU's emulated CPUs have it, for as long as the command server runs.
 //!
 //! QEMU's `VMRUN` delivers the interrupt that it was told to inject and leaves its number behind as an exception that is
 //! still to come (`helper_vmrun` sets `exception_index` and delivers by itself; seen in 10.0 to 11.1). Any end of a VM clears

@@ -14,6 +14,9 @@ fn drive(name: &str, kernel: Kernel, by: &str, devices: &[Device]) -> String {
     let name = format!("vfio-{name}-{}", std::process::id());
     let machine = Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name).unwrap();
     machine.push(env!("CARGO_BIN_EXE_vfio-check").as_ref(), "/usr/bin/vfio-check").unwrap();
+    let programs = "ls -l /proc/$(pgrep -o lab-guest)/fd | grep -c bpf_link";
+    let programs = machine.run(&Command::shell(programs), Input::Empty).unwrap().text();
+    assert_eq!(programs, "2\n", "virtualization is mended (lab/guest/src/mend.rs)");
     let addresses = (0..devices.len()).map(Hardware::address);
     let command = Command::new("vfio-check").args(["--by", by]).args(addresses).limit(LIMIT);
     let output = machine.run(&command, Input::Empty).unwrap();
