@@ -101,7 +101,6 @@ fn link_changes() -> Result<OwnedFd> {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::os::unix::net::UnixListener;
     use std::process::{Child, Command};
     use std::time::Duration;
 
@@ -119,32 +118,6 @@ mod tests {
     fn of_directory(things: Vec<Thing>, directory: &Path) -> Vec<Thing> {
         let inside = |thing: &Thing| path(thing).is_some_and(|path| path.starts_with(directory));
         things.into_iter().filter(inside).collect()
-    }
-
-    #[test]
-    fn a_planted_directory_file_and_socket_are_found_and_their_end_is_seen() {
-        let directory = tempfile::tempdir().unwrap();
-        let scope = scope(directory.path());
-        let before = Snapshot::take(&scope).unwrap();
-        let planted = directory.path().join("sandbox");
-        fs::create_dir(&planted).unwrap();
-        fs::write(planted.join("journal"), "").unwrap();
-        let socket = UnixListener::bind(planted.join("task.sock")).unwrap();
-        let left = of_directory(settle(&before, &scope, now()).unwrap(), directory.path());
-        let name = planted.join("task.sock").display().to_string();
-        assert_eq!(
-            left,
-            [
-                Thing::Socket { name: name.clone() },
-                Thing::File { path: planted.clone() },
-                Thing::File { path: planted.join("journal") },
-                Thing::File { path: name.into() },
-            ]
-        );
-        drop(socket);
-        fs::remove_dir_all(&planted).unwrap();
-        let left = Snapshot::take(&scope).unwrap().since(&before);
-        assert_eq!(of_directory(left, directory.path()), []);
     }
 
     fn marked_process(scope: &Scope) -> Child {
