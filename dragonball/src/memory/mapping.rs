@@ -52,7 +52,7 @@ fn aligned(length: u64, protection: libc::c_int) -> io::Result<(MmapRegion, Mmap
     let with_room = length.checked_add(BLOCK).ok_or(io::ErrorKind::InvalidInput)?;
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     let owner = MmapRegionBuilder::new(usize::try_from(with_room).map_err(io::Error::other)?)
-        .with_mmap_prot(protection)
+        .with_mmap_prot(libc::PROT_NONE)
         .with_mmap_flags(flags)
         .build()
         .map_err(io::Error::other)?;
@@ -60,6 +60,11 @@ fn aligned(length: u64, protection: libc::c_int) -> io::Result<(MmapRegion, Mmap
     keep_out_of_dumps(owner.as_ptr().cast(), owner.size())?;
     let skip = owner.as_ptr().align_offset(usize::try_from(BLOCK).map_err(io::Error::other)?);
     let length = usize::try_from(length).map_err(io::Error::other)?;
+    // The rest stays as it is: a map of its own, so that the memory is seen as long as it is.
+    // SAFETY: the range lies in the owner's pages, which nobody knows yet.
+    if unsafe { libc::mprotect(owner.as_ptr().add(skip).cast(), length, protection) } != 0 {
+        return Err(io::Error::last_os_error());
+    }
     // SAFETY: the view lies in the owner's pages, which are at least a block longer; the caller keeps the owner as long,
     // and a region of a raw pointer does not unmap it.
     let view = unsafe { MmapRegionBuilder::new(length).with_raw_mmap_pointer(owner.as_ptr().add(skip)) };
