@@ -64,9 +64,7 @@ impl Site {
     /// # Errors
     /// When the machine does not start.
     pub fn new(clock: Clock, dist: &Path) -> Result<Self> {
-        let site = Self::bare(clock)?;
-        site.0.push(dist, "/").with_context(|| format!("Cannot install {} in the lab machine", dist.display()))?;
-        Ok(site)
+        Self::bare(clock)?.install(dist)
     }
 
     /// Boots a lab machine with a GPU behind an IOMMU at [`Self::gpu`] and installs `dist` in it.
@@ -76,9 +74,7 @@ impl Site {
     pub fn with_gpu(dist: &Path) -> Result<Self> {
         let hardware = Hardware::new().device(Device::Gpu(GPU_MEMORY)).memory(GPU_MACHINE_MEMORY);
         let name = format!("bench-gpu-{}", std::process::id());
-        let site = Self::with_program(Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name)?)?;
-        site.0.push(dist, "/").with_context(|| format!("Cannot install {} in the lab machine", dist.display()))?;
-        Ok(site)
+        Self::with_program(Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name)?)?.install(dist)
     }
 
     /// Where the GPU is on the machine's PCI bus.
@@ -95,6 +91,11 @@ impl Site {
         let snapshot = clock.snapshot();
         let machine = Machine::restore(snapshot, &format!("bench-{}-{}", snapshot.name(), std::process::id()))?;
         Self::with_program(machine)
+    }
+
+    fn install(self, dist: &Path) -> Result<Self> {
+        self.0.push(dist, "/").with_context(|| format!("Cannot install {} in the lab machine", dist.display()))?;
+        Ok(self)
     }
 
     fn with_program(machine: Machine) -> Result<Self> {
