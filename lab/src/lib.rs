@@ -16,6 +16,7 @@
 mod command;
 mod connection;
 mod copy;
+mod ending;
 mod error;
 mod hardware;
 mod image;

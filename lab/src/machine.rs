@@ -3,6 +3,7 @@
 use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -15,6 +16,7 @@ use tool::{io, tail};
 
 use crate::command::{Command, Event, Input, Output, Process};
 use crate::connection::Connection;
+use crate::ending::Ending;
 use crate::error::Error;
 use crate::hardware::Hardware;
 use crate::model;
@@ -28,6 +30,9 @@ use crate::snapshot::Snapshot;
 
 /// How long a running machine may take to answer: it shares the host with whatever is built there.
 const ANSWER_LIMIT: Duration = Duration::from_secs(180);
+
+/// How long a QEMU may take to end after the connections to it have broken.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// Lets guests' memory be of huge pages, so that the IOMMU maps 2 MiB at a time: each mapping is told to QEMU, and by
 /// QEMU to the models of devices, which for 4 KiB at a time takes half a minute for a GiB.
@@ -51,6 +56,8 @@ pub struct Machine {
     dir: RunDir,
     snapshot: Snapshot,
     pid: Pid,
+    /// How its QEMU ended; of machines that another process started nobody here knows.
+    ending: Option<Arc<Ending>>,
     /// Whether dropping this leaves the machine running.
     kept: bool,
 }
@@ -150,7 +157,8 @@ impl Machine {
     pub fn attach(name: &str) -> Result<Self, Error> {
         let dir = RunDir::of(name)?;
         let description = describe(&dir).ok_or_else(|| Error::NotRunning(name.to_owned()))?;
-        Ok(Self { snapshot: description.snapshot.parse()?, pid: Pid::from_raw(description.pid), dir, kept: true })
+        let (snapshot, pid) = (description.snapshot.parse()?, Pid::from_raw(description.pid));
+        Ok(Self { snapshot, pid, dir, ending: None, kept: true })
     }
 
     /// Names and descriptions of the machines that run.
@@ -207,8 +215,9 @@ impl Machine {
         let life = dir.claim()?;
         model::create_disks(hardware, &dir)?;
         let models = model::start(hardware, &dir)?;
-        let pid = spawn(&dir, plan, life, models)?;
-        let machine = Self { dir, snapshot: plan.snapshot, pid, kept: false };
+        let ending = Arc::new(Ending::default());
+        let pid = spawn(&dir, plan, life, models, Arc::clone(&ending))?;
+        let machine = Self { dir, snapshot: plan.snapshot, pid, ending: Some(ending), kept: false };
         let devices = hardware.devices().iter().map(ToString::to_string).collect();
         let description = Description { snapshot: plan.snapshot.name().to_owned(), pid: pid.as_raw(), devices };
         let path = machine.dir.description();
@@ -240,7 +249,7 @@ impl Machine {
     /// When the command cannot be started, takes longer than its limit, or the machine does not answer. A command that
     /// fails is no error; see [`Output::check`].
     pub fn run(&self, command: &Command, input: Input) -> Result<Output, Error> {
-        self.spawn(command, input)?.output()
+        self.spawn(command, input)?.output().map_err(|error| self.explain(error))
     }
 
     /// Runs a command to its end and calls `on_event` with its output as it comes.
@@ -248,7 +257,7 @@ impl Machine {
     /// # Errors
     /// As [`Self::run`].
     pub fn run_streaming(&self, command: &Command, input: Input, on_event: impl FnMut(Event)) -> Result<Status, Error> {
-        self.spawn(command, input)?.stream(on_event)
+        self.spawn(command, input)?.stream(on_event).map_err(|error| self.explain(error))
     }
 
     /// Starts a command.
@@ -328,11 +337,15 @@ impl Machine {
         Connection::open(&self.dir, limit).map_err(|error| self.explain(error))
     }
 
-    /// Adds QEMU's and the machine's last words to an error that is due to its end.
+    /// Adds how QEMU ended, and its and the machine's last words, to an error that is due to that.
     fn explain(&self, error: Error) -> Error {
-        if self.dir.alive() {
+        // A connection breaks a moment before the process is gone.
+        let grace = if matches!(error, Error::Connection(_)) { END_LIMIT } else { Duration::ZERO };
+        let status = self.ending.as_ref().and_then(|ending| ending.wait(grace));
+        if status.is_none() && self.dir.alive() {
             return error;
         }
+        let how = status.map_or_else(String::new, |status| format!(" ({status})"));
         let problem = match error {
             Error::Qemu { problem, .. } => problem,
             _ => "has ended".to_owned(),
@@ -342,7 +355,7 @@ impl Machine {
             .filter_map(|path| fs::read_to_string(path).ok())
             .map(|text| format!("\n{}", tail(&text, 2000)))
             .collect();
-        Error::Qemu { problem, log }
+        Error::Qemu { problem: problem + &how, log }
     }
 }
 
@@ -363,7 +376,7 @@ fn describe(dir: &RunDir) -> Option<Description> {
 }
 
 /// Starts QEMU in a thread that lives as long as QEMU does, so that "with the thread" means "with this process".
-fn spawn(dir: &RunDir, plan: &Plan, life: OwnedFd, models: Vec<OwnedFd>) -> Result<Pid, Error> {
+fn spawn(dir: &RunDir, plan: &Plan, life: OwnedFd, models: Vec<OwnedFd>, ending: Arc<Ending>) -> Result<Pid, Error> {
     let (qmp, ports) = dir.listen()?;
     let descriptors = Descriptors { qmp, ports, life, models };
     let (plan, log) = (plan.clone(), dir.qemu_log());
@@ -374,8 +387,7 @@ fn spawn(dir: &RunDir, plan: &Plan, life: OwnedFd, models: Vec<OwnedFd>) -> Resu
             Err(error) => drop(sender.send(Err(error))),
             Ok(mut child) => {
                 drop(sender.send(Ok(child.id())));
-                // Reaps it; how it ended shows in its log.
-                let _ = child.wait();
+                ending.set(child.wait());
             }
         }
     });

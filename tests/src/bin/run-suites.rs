@@ -148,7 +148,7 @@ fn main() -> Result<ExitCode> {
     }
     let mut failed = Vec::new();
     for snapshot in snapshots {
-        if !in_the_lab(&parts, program, &arguments, (snapshot, &passed))? {
+        if !again_if_the_machine_ended(|| in_the_lab(&parts, program, &arguments, (snapshot, &passed)))? {
             failed.push(snapshot.name());
         }
     }
@@ -209,15 +209,15 @@ fn in_the_lab(
     }
     let kind = if passed.device.is_empty() { "" } else { "-devices" };
     let log = Log::create(&parts.report.join(format!("{program}-{snapshot}{kind}.log")))?;
-    let status = stream(&machine, &command, log)?;
-    if program == "demo" && status == Status::Exited(0) {
+    let succeeded = succeeds(&machine, &command, log)?;
+    if program == "demo" && succeeded {
         machine.pull("/root/report", &parts.report)?;
     }
-    if status != Status::Exited(0) {
-        fs::copy(machine.console(), parts.report.join(format!("{program}-{snapshot}-console.log"))).ok();
+    if !succeeded {
+        keep_console(&machine, &parts.report.join(format!("{program}-{snapshot}-console.log")));
     }
     machine.end()?;
-    Ok(status == Status::Exited(0))
+    Ok(succeeded)
 }
 
 /// By these variables a test program finds what its Linux guests are made of, and the devices for them.
@@ -248,7 +248,7 @@ impl Alone {
         let chances = SecondChances::new(true);
         let mut filter: Vec<_> = self.filter.iter().cloned().collect();
         loop {
-            if self.in_the_lab(name, &filter)? {
+            if again_if_the_machine_ended(|| self.in_the_lab(name, &filter))? {
                 return Ok(true);
             }
             let log = self.log(name);
@@ -303,18 +303,44 @@ impl Alone {
         if let Some(rounds) = self.rounds {
             command = command.env(ROUNDS, rounds.to_string());
         }
-        let status = stream(&machine, &command, Log::create(&self.log(name))?)?;
+        let succeeded = succeeds(&machine, &command, Log::create(&self.log(name))?)?;
+        if !succeeded {
+            keep_console(&machine, &self.report.join(format!("{name}-console.log")));
+        }
         machine.end()?;
-        Ok(status == Status::Exited(0))
+        Ok(succeeded)
     }
 }
 
-fn stream(machine: &Machine, command: &lab::Command, mut log: Log) -> Result<Status> {
+/// Runs something in a machine, and all of it once more in a new one if the machine itself ended: its guests run in an
+/// emulator, and what ends that says nothing of them.
+fn again_if_the_machine_ended(mut run: impl FnMut() -> Result<bool>) -> Result<bool> {
+    match run() {
+        Err(error) if matches!(error.downcast_ref(), Some(lab::Error::Qemu { .. })) => {
+            println!("\n{error}\n\nThe lab machine has ended by itself; once more in a new one");
+            run()
+        }
+        result => result,
+    }
+}
+
+/// Runs the command with its output shown and kept. One that fails by a status may say nothing, so that is said too.
+fn succeeds(machine: &Machine, command: &lab::Command, mut log: Log) -> Result<bool> {
     let status = machine.run_streaming(command, Input::Empty, |event| match event {
         Event::Stdout(bytes) | Event::Stderr(bytes) => log.add(&bytes),
         Event::Ended(_) => {}
     })?;
-    Ok(status)
+    if status != Status::Exited(0) {
+        log.add(format!("{command} ended in the lab: {status:?}\n").as_bytes());
+    }
+    Ok(status == Status::Exited(0))
+}
+
+/// What the machine's kernel had to say may tell why something failed in it.
+fn keep_console(machine: &Machine, file: &Path) {
+    if let Err(error) = fs::copy(machine.console(), file) {
+        eprintln!("Cannot keep the machine's console as {}: {error}", file.display());
+    }
 }
 
 /// The tests that a log of Rust's test harness names as failed.
