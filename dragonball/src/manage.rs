@@ -197,9 +197,10 @@ pub struct DeviceInfo {
 /// How long the steps took in which a device of the host came to a running machine, each in microseconds.
 #[derive(Clone, Copy, Debug, Eq, PartialEq, serde::Deserialize, serde::Serialize)]
 pub struct AttachTimes {
-    /// Opening its group.
+    /// Opening its group and the devices in it.
     pub open: u64,
-    /// Mapping all guest memory into the IOMMU; 0 where another device of the host was there before.
+    /// Mapping all guest memory into the IOMMU, which goes on while devices are opened and reset; 0 where another device
+    /// of the host was there before.
     pub dma_map: u64,
     /// Resetting its devices and mapping their memory.
     pub bar_map: u64,

@@ -112,7 +112,7 @@ pub(super) fn vfio(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<
     let base = site.provide(&kernel(&inputs.dist), "base")?;
     let tools = inputs.tools.as_ref().context("The image of tools was not made")?;
     let tools = site.provide(tools, "tools")?;
-    let (rounds, address) = (inputs.rounds.min(VFIO_ROUNDS_MAX).to_string(), Site::gpu());
+    let (rounds, address) = (inputs.rounds.to_string(), Site::gpu());
     let guests = ["vfio", "--kernel", &base, "--tools", &tools, "--rounds", &rounds, "--limit", GUEST_LIMIT];
     let samples = site.measure(&[&guests[..], &["--address", &address]].concat())?;
     let group = "GPU of 8 GiB to a guest of 2 GiB, wall time";
@@ -128,9 +128,6 @@ pub(super) fn vfio(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<
     }
     Ok(())
 }
-
-/// Guests that the GPU comes to, at most.
-const VFIO_ROUNDS_MAX: usize = 3;
 
 /// Idle VMs.
 pub(super) fn idle(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {

@@ -72,8 +72,8 @@ fn aligned(length: u64, protection: libc::c_int) -> io::Result<(MmapRegion, Mmap
     Ok((view, owner))
 }
 
-/// How much one thread fills at a time.
-const PIECE: usize = 64 << 20;
+/// How much one thread fills at a time: whoever changes the process's mappings waits for it.
+const PIECE: usize = 4 << 20;
 /// More threads than this find no more memory bandwidth.
 const FILLERS_MAX: usize = 8;
 
@@ -82,6 +82,9 @@ const FILLERS_MAX: usize = 8;
 /// (kernels before 5.14 do not know how) is filled by who pins it, page by page, who also says what is wrong.
 pub(crate) fn fill(host: u64, length: u64) {
     let (Ok(start), Ok(length)) = (usize::try_from(host), usize::try_from(length)) else { return };
+    // Once for all: this advice changes the mapping, so that given for each piece it would wait for all who fill another.
+    // SAFETY: as below.
+    unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_HUGEPAGE) };
     let pieces = length.div_ceil(PIECE);
     let next = AtomicUsize::new(0);
     let fill = || {
@@ -89,10 +92,8 @@ pub(crate) fn fill(host: u64, length: u64) {
         while let Some(piece) = mine() {
             let offset = piece * PIECE;
             let (address, length) = ((start + offset) as *mut libc::c_void, PIECE.min(length - offset));
-            for advice in [libc::MADV_HUGEPAGE, libc::MADV_POPULATE_WRITE] {
-                // SAFETY: neither advice changes what any memory holds, wherever it points to.
-                unsafe { libc::madvise(address, length, advice) };
-            }
+            // SAFETY: the advice does not change what any memory holds, wherever it points to.
+            unsafe { libc::madvise(address, length, libc::MADV_POPULATE_WRITE) };
         }
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(FILLERS_MAX).min(pieces);

@@ -1,7 +1,9 @@
 //! Giving an IOMMU group to the guest: all of its functions, in one slot, because they come and go together.
 
 use std::io;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::panic::resume_unwind;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::VmFd;
@@ -47,7 +49,7 @@ pub(crate) struct PreparedGroup {
 pub(crate) struct PrepareTimes {
     /// Opening its devices.
     pub(crate) open: Duration,
-    /// Mapping guest memory into the IOMMU; nothing where other devices are there before.
+    /// Mapping guest memory into the IOMMU, at the same time; nothing where other devices are there before.
     pub(crate) dma_map: Duration,
     /// Resetting the devices and mapping their memory.
     pub(crate) bar_map: Duration,
@@ -55,9 +57,6 @@ pub(crate) struct PrepareTimes {
 
 /// The functions of a group with their numbers in its slot.
 pub(crate) type Functions = Vec<(u8, Arc<VfioFunction>)>;
-
-/// A group's devices, opened, with what they share.
-type Opened = (Arc<Session>, Vec<Arc<dyn HostDevice>>, PrepareTimes);
 
 impl Passthrough {
     /// A machine without devices of the host.
@@ -75,42 +74,65 @@ impl Passthrough {
         let addresses: Vec<Address> = group.functions.iter().map(|function| function.address).collect();
         let count = addresses.len();
         let numbers = numbers(&addresses).ok_or(VfioError::TooManyFunctions { group: group.number, count })?;
-        let (session, hosts, mut times) = self.open(&group, config.peer_to_peer)?;
+        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         let start = Instant::now();
-        let options = Options {
-            clique: config.clique,
-            peers: config.peer_to_peer.then(|| Arc::clone(&session.dma)),
-            multi_function: numbers.len() > 1,
-            keeper: Some(session),
-        };
-        let candidates = hosts.into_iter().map(|host| Candidate::new(host, &options)).collect::<Result<_, _>>()?;
-        times.bar_map = start.elapsed();
+        let (session, joined) = self.join(&mut shared, &group, config.peer_to_peer)?;
+        let join = start.elapsed();
+        let (candidates, mut times) = std::thread::scope(|scope| {
+            // Opening and resetting devices is mostly waiting for them, which is time to map the memory in.
+            let map = || session.map(&self.listeners);
+            let mapping = Builder::new().name("dma-map".to_owned()).spawn_scoped(scope, map);
+            let opened = open(joined, config, &session, numbers.len() > 1);
+            let dma_map = match mapping {
+                Ok(mapping) => mapping.join().unwrap_or_else(|panic| resume_unwind(panic)),
+                Err(error) => {
+                    tracing::warn!(%error, "no thread can be started to map memory");
+                    map()
+                }
+            }?;
+            opened.map(|(candidates, times)| (candidates, PrepareTimes { dma_map, ..times }))
+        })?;
+        shared.session = Arc::downgrade(&session);
+        times.open += join;
         Ok(PreparedGroup { candidates, numbers, times })
     }
 
-    /// Opens all devices of a group, and gives them the guest's RAM if they are the first.
-    fn open(&self, group: &Group, peers: bool) -> Result<Opened, VfioError> {
+    /// Makes a group this machine's. Gives what its devices share, in which nothing is mapped if they are the first.
+    fn join(&self, shared: &mut SharedState, group: &Group, peers: bool) -> Result<(Arc<Session>, Joined), VfioError> {
         let name = format!("IOMMU group {}", group.number);
         let refused = |source| VfioError::Host { device: name.clone(), action: "open its devices", source };
-        let start = Instant::now();
-        let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(session) = shared.session.upgrade() {
             if peers && !session.way.maps_devices() {
                 return Err(VfioError::NoPeers);
             }
-            let hosts = session.way.open(group).map_err(refused)?;
-            return Ok((session, hosts, PrepareTimes { open: start.elapsed(), ..PrepareTimes::default() }));
+            let joined = session.way.join(group).map_err(refused)?;
+            return Ok((session, joined));
         }
         let way = Way::choose(group, shared.kvm(&self.vm), peers).map_err(refused)?;
-        let hosts = way.open(group).map_err(refused)?;
+        let joined = way.join(group).map_err(refused)?;
         let dma = Arc::new(Dma::new(way.iommu()).map_err(refused)?);
-        let open = start.elapsed();
-        let attachment = dma.follow(&self.listeners)?;
-        let times = PrepareTimes { open, dma_map: start.elapsed() - open, ..PrepareTimes::default() };
-        let session = Arc::new(Session { way, dma, _attachment: attachment });
-        shared.session = Arc::downgrade(&session);
-        Ok((session, hosts, times))
+        Ok((Arc::new(Session { way, dma, attachment: OnceLock::new() }), joined))
     }
+}
+
+/// Opens and resets the devices of a group that is this machine's, and maps their memory.
+fn open(
+    joined: Joined,
+    config: &VfioConfig,
+    session: &Arc<Session>,
+    multi_function: bool,
+) -> Result<(Vec<Candidate>, PrepareTimes), VfioError> {
+    let start = Instant::now();
+    let hosts = joined.devices()?;
+    let open = start.elapsed();
+    let options = Options {
+        clique: config.clique,
+        peers: config.peer_to_peer.then(|| Arc::clone(&session.dma)),
+        multi_function,
+        keeper: Some(Arc::clone(session) as _),
+    };
+    let candidates = hosts.into_iter().map(|host| Candidate::new(host, &options)).collect::<Result<_, _>>()?;
+    Ok((candidates, PrepareTimes { open, bar_map: start.elapsed() - open, ..PrepareTimes::default() }))
 }
 
 impl SharedState {
@@ -207,20 +229,41 @@ impl Way {
         }
     }
 
-    fn open(&self, group: &Group) -> io::Result<Vec<Arc<dyn HostDevice>>> {
+    /// Makes a group this machine's, as far as memory can be mapped for its devices.
+    fn join(&self, group: &Group) -> io::Result<Joined> {
+        let names = group.functions.iter().map(|function| function.address.to_string());
         match self {
-            Self::Type1(container) => {
-                let files = container.add(group.number)?;
-                group.functions.iter().map(|function| files.device(&function.address.to_string())).collect()
-            }
+            Self::Type1(container) => Ok(Joined::Type1(container.add(group.number)?, names.collect())),
             Self::Iommufd(space) => {
                 let missing = || io::Error::other("the kernel has made no device file for it");
-                let open = |function: &super::host::sysfs::Function| {
+                let open = |(function, name): (&super::host::sysfs::Function, String)| {
                     let file = iommufd::device_file(&function.directory).ok_or_else(missing)?;
-                    space.device(&file, &function.address.to_string())
+                    space.device(&file, &name)
                 };
-                group.functions.iter().map(open).collect()
+                group.functions.iter().zip(names).map(open).collect::<io::Result<_>>().map(Joined::Iommufd)
             }
+        }
+    }
+}
+
+/// A group that is this machine's.
+enum Joined {
+    /// Its devices, by their names, are yet to be opened.
+    Type1(Arc<type1::Group>, Vec<String>),
+    /// Its devices were opened, because nothing less tells which addresses the IOMMU translates for them.
+    Iommufd(Vec<Arc<dyn HostDevice>>),
+}
+
+impl Joined {
+    /// Its devices, open. The kernel resets them for that where it can, which takes a while.
+    fn devices(self) -> Result<Vec<Arc<dyn HostDevice>>, VfioError> {
+        let open = |group: &Arc<type1::Group>, name: String| {
+            let refused = |source| VfioError::Host { device: name.clone(), action: "open it", source };
+            group.device(&name).map_err(refused)
+        };
+        match self {
+            Self::Type1(group, names) => names.into_iter().map(|name| open(&group, name)).collect(),
+            Self::Iommufd(hosts) => Ok(hosts),
         }
     }
 }
@@ -230,7 +273,21 @@ struct Session {
     dma: Arc<Dma>,
     way: Way,
     /// Keeps memory from being discarded under the devices: dropped after what lets them at it.
-    _attachment: Attachment,
+    attachment: OnceLock<Attachment>,
+}
+
+impl Session {
+    /// Gives devices the guest's memory, unless they have it; answers how long that took.
+    fn map(&self, listeners: &DmaListeners) -> Result<Duration, VfioError> {
+        if self.attachment.get().is_some() {
+            return Ok(Duration::ZERO);
+        }
+        let start = Instant::now();
+        let attachment = self.dma.follow(listeners)?;
+        // Nobody else has this session before it has its memory.
+        let _ = self.attachment.set(attachment);
+        Ok(start.elapsed())
+    }
 }
 
 #[cfg(test)]
