@@ -10,18 +10,24 @@ fn rewrite(spec: &Value) -> Result<(Value, Vec<Bind>), SpecError> {
     Ok((serde_json::from_slice(&guest.json).unwrap(), guest.binds))
 }
 
+/// A specification whose Linux part is this.
+fn linux(linux: Value) -> Value {
+    json!({"root": {"path": "rootfs"}, "linux": linux})
+}
+
+/// What a case is about, the pointer to a part, the specification, and what becomes of the part.
+type Case = (&'static str, &'static str, Value, Value);
+
+fn assert_rewrites<const N: usize>(cases: [Case; N]) {
+    for (what, pointer, before, expected) in cases {
+        let (after, _) = rewrite(&before).unwrap();
+        assert_eq!(after.pointer(pointer).cloned().unwrap_or_default(), expected, "{what}");
+    }
+}
+
 #[test]
-#[expect(clippy::too_many_lines, reason = "one table")]
-fn what_names_the_host_is_replaced_or_dropped_and_the_rest_is_kept() {
-    let linux = |linux: Value| json!({"root": {"path": "rootfs"}, "linux": linux});
-    for (what, pointer, before, expected) in [
-        (
-            "root",
-            "/root",
-            json!({"root": {"path": "/var/x", "readonly": true}}),
-            json!({"path": format!("{BUNDLES_DIR}/c1/rootfs"), "readonly": true}),
-        ),
-        ("cgroup", "/linux/cgroupsPath", linux(json!({"cgroupsPath": "/default/c1"})), json!("/c1")),
+fn namespaces_of_the_host_are_dropped_and_own_ones_are_kept() {
+    assert_rewrites([
         (
             "network",
             "/linux/namespaces",
@@ -58,6 +64,19 @@ fn what_names_the_host_is_replaced_or_dropped_and_the_rest_is_kept() {
             linux(json!({"namespaces": [{"type": "user", "path": "/x"}]})),
             json!([{"type": "user"}]),
         ),
+    ]);
+}
+
+#[test]
+fn what_names_the_host_is_replaced_or_dropped_and_the_rest_is_kept() {
+    assert_rewrites([
+        (
+            "root",
+            "/root",
+            json!({"root": {"path": "/var/x", "readonly": true}}),
+            json!({"path": format!("{BUNDLES_DIR}/c1/rootfs"), "readonly": true}),
+        ),
+        ("cgroup", "/linux/cgroupsPath", linux(json!({"cgroupsPath": "/default/c1"})), json!("/c1")),
         (
             "seccomp",
             "/linux/seccomp",
@@ -91,6 +110,12 @@ fn what_names_the_host_is_replaced_or_dropped_and_the_rest_is_kept() {
             json!({"hooks": {"prestart": [{"path": "/h"}], "startContainer": [{"path": "/g"}]}}),
             json!({"startContainer": [{"path": "/g"}]}),
         ),
+    ]);
+}
+
+#[test]
+fn files_that_the_guest_has_itself_are_named_by_their_paths_there() {
+    assert_rewrites([
         (
             "known device",
             "/linux/devices/0/path",
@@ -115,10 +140,7 @@ fn what_names_the_host_is_replaced_or_dropped_and_the_rest_is_kept() {
             json!({"mounts": [{"type": "bind", "source": "/dev/null", "destination": "/etc/masked"}]}),
             json!("/dev/null"),
         ),
-    ] {
-        let (after, _) = rewrite(&before).unwrap();
-        assert_eq!(after.pointer(pointer).cloned().unwrap_or_default(), expected, "{what}");
-    }
+    ]);
 }
 
 #[test]
