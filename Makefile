@@ -11,7 +11,7 @@ IMAGES  := target/images
 FUZZ_SECONDS ?= 60
 
 # Debian packages that the builds need (the lab and the kernel's sources bring their own).
-PACKAGES := acpica-tools bc bison build-essential busybox-static cpio e2fsprogs erofs-utils flex libelf-dev \
+PACKAGES := acpica-tools bc bison build-essential busybox-static cpio e2fsprogs erofs-utils flex kmod libelf-dev \
             libseccomp-dev libssl-dev mmdebstrap python3 rsync xz-utils zstd
 
 .PHONY: help deps build dist images run test lint deny unit guests growth memory-types test-vfio vfio-guests passthrough suites bench fuzz install clean
@@ -66,13 +66,14 @@ unit: deps
 	cargo test --locked --workspace --profile $(PROFILE)
 
 # The host's KVM was tested by `unit`, if it has one; the lab's is another.
-guests: build ## Small guests on the lab's KVM, and Linux guests that change while they run
+guests: build ## Small guests on the lab's KVM, and Linux guests, Debian's own among them, that change while they run
 	@set -o pipefail; for test in machine linux; do \
 	    program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test $$test --no-run 2>&1 | tee -a /dev/stderr \
 	        | sed -n "s/.*(\(.*\/$$test-[0-9a-f]*\))$$/\1/p") || exit 1; \
 	    kernel=; if [ $$test = linux ]; then kernel="--kernel target/kernel/vmlinux"; fi; \
 	    $(OUT)/run-suites program "$$program" --report target/suites $$kernel || exit 1; \
 	done
+	$(call run-linux,--report target/suites/debian --debian-kernel)
 
 # The program by which a guest uses devices that are passed to it: static, because the guest has nothing else.
 PASSTHROUGH := target/$(TARGET)/$(PROFILE)/lab-passthrough

@@ -8,6 +8,7 @@ pub mod cases;
 pub mod containerd;
 pub mod context;
 pub mod ctr;
+pub mod debian_kernel;
 pub mod event;
 pub mod guest_program;
 pub mod harness;

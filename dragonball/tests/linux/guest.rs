@@ -28,6 +28,7 @@ mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs devtmpfs /dev
 mount -t tmpfs -o size=4G tmpfs /tmp
+for module in /modules/*; do [ ! -e $module ] || insmod $module; done
 exec </dev/hvc0 >/dev/hvc0 2>&1
 stty -echo -onlcr
 echo =end=
@@ -41,6 +42,16 @@ pub(crate) fn kernel() -> Option<PathBuf> {
         eprintln!("SKIPPED: TATAMI_TEST_KERNEL names no guest kernel");
     }
     kernel
+}
+
+/// The kernel modules of the directory `TATAMI_TEST_MODULES`, with the paths at which guests have them: they load them in
+/// the order of their names.
+pub(crate) fn modules() -> Vec<(String, Vec<u8>)> {
+    let Some(directory) = std::env::var_os("TATAMI_TEST_MODULES") else { return Vec::new() };
+    let mut files: Vec<_> = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path()).collect();
+    files.sort();
+    let path = |file: &Path| format!("modules/{}", file.file_name().unwrap().to_string_lossy());
+    files.iter().map(|file| (path(file), std::fs::read(file).unwrap())).collect()
 }
 
 /// Held by the guest that runs.
@@ -69,8 +80,10 @@ impl Guest {
         let initrd = directory.path().join("initrd");
         let busybox = std::env::var_os("TATAMI_TEST_BUSYBOX").unwrap_or_else(|| BUSYBOX.into());
         let busybox = std::fs::read(busybox).unwrap();
+        let modules = modules();
         let mut files = vec![("bin/busybox", &busybox[..]), ("init", INIT.as_bytes())];
         files.extend(programs);
+        files.extend(modules.iter().map(|(path, content)| (path.as_str(), &content[..])));
         std::fs::write(&initrd, archive(&files)).unwrap();
         let config = MachineConfig {
             initrd: Some(initrd),

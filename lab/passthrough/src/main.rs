@@ -29,8 +29,6 @@ type Outcome = Result<String, String>;
 enum Action {
     /// `check`, or nothing: use each device.
     Check,
-    /// `modules`: load the kernel modules.
-    Modules,
     /// `much`: each GPU moves 256 MiB there and back.
     Much,
     /// `pin`: each `edu` interrupts by its pin.
@@ -53,16 +51,13 @@ impl Action {
         };
         Ok(match action.as_deref() {
             None | Some("check") => Self::Check,
-            Some("modules") => Self::Modules,
             Some("much") => Self::Much,
             Some("pin") => Self::Pin,
             Some("read") => Self::Read(address()?),
             Some("write") => Self::Write(address()?),
             Some("through") => Self::Through(address()?),
             Some(other) => {
-                return Err(format!(
-                    "{other}: give check, modules, much, pin, read ADDRESS, write ADDRESS or through ADDRESS"
-                ));
+                return Err(format!("{other}: give check, much, pin, read ADDRESS, write ADDRESS or through ADDRESS"));
             }
         })
     }
@@ -99,10 +94,6 @@ fn main() {
         return;
     }
     match Action::parse(std::env::args().skip(1)) {
-        Ok(Action::Modules) => match load_modules() {
-            Ok(()) => println!("modules: ok"),
-            Err(error) => println!("modules: FAILED: {error}"),
-        },
         Ok(action) => apply(action),
         Err(error) => println!("{error}"),
     }

@@ -9,6 +9,7 @@ use std::process::{Command, ExitCode, Stdio};
 use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use lab::{Device, Event, Hardware, Input, Machine, Setup, Snapshot, Status};
+use tests::debian_kernel::DebianKernel;
 use tests::second_chance::SecondChances;
 
 /// Runs the end-to-end suites or the demonstration where virtual machines can run.
@@ -57,13 +58,16 @@ struct Alone {
     /// A guest kernel for the program's Linux guests, whose shell is this machine's busybox.
     #[arg(long, value_name = "FILE")]
     kernel: Option<PathBuf>,
+    /// Debian's newest cloud kernel for those guests, with its modules.
+    #[arg(long, conflicts_with_all = ["kernel", "module"])]
+    debian_kernel: bool,
     #[command(flatten)]
     passed: Passed,
     /// Run it in a machine with this much memory, in MiB.
     #[arg(long, value_name = "MIB")]
     memory: Option<u32>,
     /// A kernel module for the guests, loaded in the order given. Can be repeated.
-    #[arg(long, value_name = "FILE", requires = "passthrough")]
+    #[arg(long, value_name = "FILE", requires = "kernel")]
     module: Vec<PathBuf>,
     /// How often devices, vCPUs and memory come and go.
     #[arg(long, value_name = "N")]
@@ -232,9 +236,13 @@ const MODULES_PLACE: &str = "/root/bin/modules";
 const ROUNDS: &str = "TATAMI_TEST_ROUNDS";
 
 impl Alone {
-    fn run(&self) -> Result<ExitCode> {
+    fn run(mut self) -> Result<ExitCode> {
+        if self.debian_kernel {
+            let kernel = DebianKernel::newest(&cache::Cache::open()?)?;
+            (self.kernel, self.module) = (Some(kernel.image), kernel.modules);
+        }
         let name = self.program.file_name().with_context(|| format!("{} names no program", self.program.display()))?;
-        let name = name.to_string_lossy();
+        let name = name.to_string_lossy().into_owned();
         let succeeded = if lab::probe::probe().hardware && self.passed.device.is_empty() {
             self.on_this_host(&name)?
         } else {
@@ -266,6 +274,14 @@ impl Alone {
         self.report.join(format!("{name}.log"))
     }
 
+    /// The modules, under names that sort as they are loaded.
+    fn modules(&self) -> impl Iterator<Item = (String, &Path)> {
+        self.module.iter().enumerate().map(|(number, module)| {
+            let name = module.file_name().unwrap_or_default().to_string_lossy();
+            (format!("{number:02}-{name}"), module.as_path())
+        })
+    }
+
     fn on_this_host(&self, name: &str) -> Result<bool> {
         let Some(kernel) = &self.kernel else {
             println!("{name} ran on this host's own KVM, with the unit tests");
@@ -273,6 +289,11 @@ impl Alone {
         };
         let mut command = Command::new(&self.program);
         command.args(&self.filter).env(KERNEL, kernel).envs(self.rounds.map(|rounds| (ROUNDS, rounds.to_string())));
+        let modules = tempfile::tempdir().context("Cannot make a directory")?;
+        for (name, module) in self.modules() {
+            fs::copy(module, modules.path().join(name)).with_context(|| format!("Cannot copy {}", module.display()))?;
+            command.env(MODULES, modules.path());
+        }
         let status = command.status();
         Ok(status.with_context(|| format!("Cannot run {}", self.program.display()))?.success())
     }
@@ -292,9 +313,8 @@ impl Alone {
             machine.push(passthrough, PASSTHROUGH_PROGRAM)?;
             command = command.env(PASSTHROUGH, PASSTHROUGH_PROGRAM).env(DEVICES, self.passed.addresses().join(" "));
         }
-        for (number, module) in self.module.iter().enumerate() {
-            let name = module.file_name().unwrap_or_default().to_string_lossy();
-            machine.push(module, &format!("{MODULES_PLACE}/{number}-{name}"))?;
+        for (name, module) in self.modules() {
+            machine.push(module, &format!("{MODULES_PLACE}/{name}"))?;
             command = command.env(MODULES, MODULES_PLACE);
         }
         if self.passed.machine_kernel == lab::Kernel::Iommufd {

@@ -8,6 +8,8 @@ use std::process::Command;
 
 use dragonball::{DeviceConfig, VfioConfig};
 
+use crate::guest;
+
 /// What of the lab's devices one is.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
 pub(super) enum Kind {
@@ -94,7 +96,6 @@ fn place(address: &str) -> PathBuf {
 pub(super) struct Host {
     pub(super) devices: Vec<Device>,
     program: Vec<u8>,
-    modules: Vec<(String, Vec<u8>)>,
 }
 
 impl Host {
@@ -106,29 +107,27 @@ impl Host {
             eprintln!("SKIPPED: TATAMI_TEST_DEVICES and TATAMI_TEST_PASSTHROUGH name nothing to pass");
             return None;
         };
-        let modules = modules();
         let addresses = devices.to_string_lossy().split_whitespace().map(str::to_owned).collect::<Vec<_>>();
         let devices = addresses.into_iter().map(|address| Device { kind: Kind::of(&address), address });
-        let devices: Vec<_> =
-            devices.filter(|device| device.kind != Kind::Nvme || has(&modules, device.kind)).collect();
+        let devices: Vec<_> = devices.filter(|device| device.kind != Kind::Nvme || Self::has_module("nvme")).collect();
         // Some kernels have it built in.
         let there = Path::new("/sys/bus/pci/drivers/vfio-pci").exists();
         assert!(there || Command::new("modprobe").arg("vfio-pci").status().unwrap().success());
         devices.iter().for_each(Device::take_from_host);
-        Some(Self { devices, program: fs::read(program).unwrap(), modules })
+        Some(Self { devices, program: fs::read(program).unwrap() })
     }
 
     /// What a guest needs to use the devices.
-    pub(super) fn programs(&self) -> Vec<(&str, &[u8])> {
-        let modules = self.modules.iter().map(|(name, content)| (name.as_str(), &content[..]));
-        [("bin/passthrough", &self.program[..])].into_iter().chain(modules).collect()
+    pub(super) fn programs(&self) -> [(&str, &[u8]); 1] {
+        [("bin/passthrough", &self.program)]
     }
 
-    /// Whether guests have the module of this name.
-    pub(super) fn has_module(&self, name: &str) -> bool {
-        let found = self.modules.iter().any(|(path, _)| path.ends_with(&format!("{name}.ko")));
+    /// Whether guests have the module of this name; says so where they have not.
+    pub(super) fn has_module(name: &str) -> bool {
+        let file = format!("{name}.ko");
+        let found = guest::modules().iter().any(|(path, _)| path.ends_with(&file));
         if !found {
-            eprintln!("SKIPPED: TATAMI_TEST_MODULES has no {name}.ko");
+            eprintln!("SKIPPED: TATAMI_TEST_MODULES has no {file}");
         }
         found
     }
@@ -141,21 +140,4 @@ impl Host {
         }
         found
     }
-}
-
-fn has(modules: &[(String, Vec<u8>)], kind: Kind) -> bool {
-    let found = modules.iter().any(|(path, _)| path.ends_with("nvme.ko"));
-    if !found {
-        eprintln!("SKIPPED: {kind:?}, because TATAMI_TEST_MODULES names no module for it");
-    }
-    found
-}
-
-/// The kernel modules of the directory `TATAMI_TEST_MODULES`, with the paths at which guests have them.
-fn modules() -> Vec<(String, Vec<u8>)> {
-    let Some(directory) = std::env::var_os("TATAMI_TEST_MODULES") else { return Vec::new() };
-    let entries = fs::read_dir(directory).unwrap().map(|entry| entry.unwrap());
-    entries
-        .map(|entry| (format!("modules/{}", entry.file_name().to_string_lossy()), fs::read(entry.path()).unwrap()))
-        .collect()
 }
