@@ -27,13 +27,22 @@ fn tells_sizes(context: &Context, mut terminal: OnTerminal) -> Result<()> {
     let deadline = context.ctr.deadline();
     let shown = terminal.expect("ready", deadline)?;
     ensure!(shown.contains("on a terminal"), "shown: {shown:?}");
-    // ctr listens for changes a little after it has started the program: let it.
-    for line in ["one", "two"] {
-        terminal.type_text(&format!("{line}\n"))?;
-        terminal.expect(&format!("heard <{line}>"), deadline)?;
+    // ctr listens for changes a little after it has started the program, and what changes before that is lost. So the size
+    // changes again at each answer of the program until one arrives; then ctr listens, and the last one arrives too.
+    let mut rows = 43;
+    let shown = loop {
+        terminal.resize(132, rows)?;
+        terminal.type_text("\n")?;
+        let shown = terminal.expect("heard <", deadline)?;
+        if shown.contains(" 132") {
+            break shown;
+        }
+        rows += 1;
+    };
+    let last = format!("{rows} 132");
+    if !shown.contains(&last) {
+        terminal.expect(&last, deadline)?;
     }
-    terminal.resize(132, 43)?;
-    terminal.expect("43 132", deadline)?;
     terminal.type_text("end\n")?;
     let (code, shown) = terminal.finish(deadline)?;
     ensure!(code == 6, "exit code {code}, shown: {shown:?}");
