@@ -7,7 +7,6 @@ use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsFd, AsRawFd};
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, channel};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use dragonball::{ConsoleOutput, ExitReason, MachineConfig, Vm, start};
@@ -40,7 +39,11 @@ pub(crate) fn kernel() -> Option<PathBuf> {
     let kernel = std::env::var_os("TATAMI_TEST_KERNEL").map(PathBuf::from);
     if kernel.is_none() {
         eprintln!("SKIPPED: TATAMI_TEST_KERNEL names no guest kernel");
+        return None;
     }
+    // Else the harness would write to a guest's streams what it has to say of another test.
+    let threads = std::env::var("RUST_TEST_THREADS").ok();
+    assert_eq!(threads.as_deref(), Some("1"), "guests borrow the standard streams: set RUST_TEST_THREADS=1");
     kernel
 }
 
@@ -54,16 +57,12 @@ pub(crate) fn modules() -> Vec<(String, Vec<u8>)> {
     files.iter().map(|file| (path(file), std::fs::read(file).unwrap())).collect()
 }
 
-/// Held by the guest that runs.
-static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
-
 /// A guest that runs.
 pub(crate) struct Guest {
     pub(crate) vm: Vm,
     input: File,
     lines: Receiver<String>,
     directory: TempDir,
-    _turn: MutexGuard<'static, ()>,
 }
 
 impl Guest {
@@ -74,8 +73,6 @@ impl Guest {
 
     /// The same, with more programs: paths in the guest and contents.
     pub(crate) fn start_with(config: MachineConfig, programs: &[(&str, &[u8])]) -> Self {
-        // A test that failed with the turn has left nothing that another one would meet.
-        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let directory = tempfile::tempdir().unwrap();
         let initrd = directory.path().join("initrd");
         let busybox = std::env::var_os("TATAMI_TEST_BUSYBOX").unwrap_or_else(|| BUSYBOX.into());
@@ -104,7 +101,7 @@ impl Guest {
                 }
             }
         });
-        let guest = Self { vm, input: File::from(std::os::fd::OwnedFd::from(input)), lines, directory, _turn: turn };
+        let guest = Self { vm, input: File::from(std::os::fd::OwnedFd::from(input)), lines, directory };
         guest.until_end();
         guest
     }

@@ -226,6 +226,8 @@ fn in_the_lab(
 
 /// By these variables a test program finds what its Linux guests are made of, and the devices for them.
 const KERNEL: &str = "TATAMI_TEST_KERNEL";
+/// Programs that have Linux guests lend them their standard streams, to one at a time.
+const ONE_THREAD: (&str, &str) = ("RUST_TEST_THREADS", "1");
 const BUSYBOX: &str = "TATAMI_TEST_BUSYBOX";
 const DEVICES: &str = "TATAMI_TEST_DEVICES";
 const PASSTHROUGH: &str = "TATAMI_TEST_PASSTHROUGH";
@@ -288,7 +290,11 @@ impl Alone {
             return Ok(true);
         };
         let mut command = Command::new(&self.program);
-        command.args(&self.filter).env(KERNEL, kernel).envs(self.rounds.map(|rounds| (ROUNDS, rounds.to_string())));
+        command
+            .args(&self.filter)
+            .env(KERNEL, kernel)
+            .envs([ONE_THREAD])
+            .envs(self.rounds.map(|rounds| (ROUNDS, rounds.to_string())));
         let modules = tempfile::tempdir().context("Cannot make a directory")?;
         for (name, module) in self.modules() {
             fs::copy(module, modules.path().join(name)).with_context(|| format!("Cannot copy {}", module.display()))?;
@@ -308,6 +314,7 @@ impl Alone {
             machine.push(kernel, "/root/bin/vmlinux")?;
             machine.push(Path::new("/usr/bin/busybox"), "/root/bin/busybox")?;
             command = command.env(KERNEL, "/root/bin/vmlinux").env(BUSYBOX, "/root/bin/busybox");
+            command = command.env(ONE_THREAD.0, ONE_THREAD.1);
         }
         if let Some(passthrough) = &self.passed.passthrough {
             machine.push(passthrough, PASSTHROUGH_PROGRAM)?;
@@ -336,8 +343,8 @@ impl Alone {
 /// emulator, and what ends that says nothing of them.
 fn again_if_the_machine_ended(mut run: impl FnMut() -> Result<bool>) -> Result<bool> {
     match run() {
-        Err(error) if matches!(error.downcast_ref(), Some(lab::Error::Qemu { .. })) => {
-            println!("\n{error}\n\nThe lab machine has ended by itself; once more in a new one");
+        Err(error) if matches!(error.downcast_ref(), Some(lab::Error::Qemu { .. } | lab::Error::Connection(_))) => {
+            println!("\n{error:#}\n\nThe lab machine has ended by itself; once more in a new one");
             run()
         }
         result => result,
