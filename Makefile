@@ -73,7 +73,7 @@ guests: build ## Small guests on the lab's KVM, and Linux guests, Debian's own a
 	    kernel=; if [ $$test = linux ]; then kernel="--kernel target/kernel/vmlinux"; fi; \
 	    $(OUT)/run-suites program "$$program" --report target/suites $$kernel || exit 1; \
 	done
-	$(call run-linux,--report target/suites/debian --debian-kernel)
+	$(call run-linux,--report target/suites/debian --filter hot_plug --debian-kernel)
 
 # The program by which a guest uses devices that are passed to it: static, because the guest has nothing else.
 PASSTHROUGH := target/$(TARGET)/$(PROFILE)/lab-passthrough
