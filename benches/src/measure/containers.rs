@@ -30,14 +30,14 @@ fn ctr(arguments: &[&str]) -> Result<Output> {
     bail!("ctr {} failed: {}", arguments.join(" "), String::from_utf8_lossy(&output.stderr).trim())
 }
 
-/// Lets a guest that does not boot fail after `limit` seconds instead of half a minute, which under the virtual clock
-/// lasts an hour.
+/// Lets a guest that does not boot, or hangs before its container is made, fail after `limit` seconds instead of half a
+/// minute or a whole one, which under the virtual clock last an hour.
 ///
 /// # Errors
 /// When the runtime's configuration cannot be written.
 pub fn configure(limit: u16) -> Result<()> {
     const FILE: &str = "/etc/kata-containers/configuration.toml";
-    let text = format!("[agent.kata]\nreconnect_timeout_ms = {limit}000\n");
+    let text = format!("[agent.kata]\nreconnect_timeout_ms = {limit}000\ncreate_container_timeout = {limit}\n");
     fs::create_dir_all("/etc/kata-containers")
         .and_then(|()| fs::write(FILE, text))
         .with_context(|| format!("Cannot write {FILE}"))
