@@ -11,7 +11,7 @@ use debian::Suite;
 const SUITE: &str = "trixie";
 /// The metapackage; it depends on the newest build.
 const PACKAGE: &str = "linux-image-cloud-amd64";
-/// The drivers that it does not have built in, of the devices that come and go.
+/// The drivers of our machines' devices that it does not have built in.
 const DRIVERS: [&str; 6] = ["virtio_blk", "virtio_net", "virtio_pmem", "nd_pmem", "virtio_mem", "virtio_balloon"];
 /// The names in the cache entry.
 const IMAGE: &str = "vmlinuz";
@@ -58,7 +58,7 @@ fn fill(package: &Path, entry: &Path) -> Result<()> {
     debian::unpack(package, whole.path())?;
     // As on a machine with a merged /usr; kmod looks below /lib.
     std::os::unix::fs::symlink("usr/lib", whole.path().join("lib")).context("Cannot make a link")?;
-    let image = only_file(&whole.path().join("boot"), "vmlinuz-")?;
+    let image = first_file(&whole.path().join("boot"), "vmlinuz-")?;
     fs::copy(&image, entry.join(IMAGE)).with_context(|| format!("Cannot copy {}", image.display()))?;
     let release = image.file_name().unwrap_or_default().to_string_lossy().replacen("vmlinuz-", "", 1);
     tool::run("depmod (package kmod)", Command::new("depmod").arg("-b").arg(whole.path()).arg(&release))?;
@@ -76,8 +76,8 @@ fn fill(package: &Path, entry: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The file of a directory whose name begins so.
-fn only_file(directory: &Path, prefix: &str) -> Result<PathBuf> {
+/// A file of a directory whose name begins so.
+fn first_file(directory: &Path, prefix: &str) -> Result<PathBuf> {
     let files = fs::read_dir(directory).with_context(|| format!("Cannot read {}", directory.display()))?;
     let mut paths = files.filter_map(|file| Some(file.ok()?.path()));
     paths

@@ -339,12 +339,12 @@ impl Alone {
     }
 }
 
-/// Runs something in a machine, and all of it once more in a new one if the machine itself ended: its guests run in an
-/// emulator, and what ends that says nothing of them.
+/// Runs something in a machine, and all of it once more in a new one if the machine itself ended or is out of reach: its
+/// guests run in an emulator, and what ends that says nothing of them.
 fn again_if_the_machine_ended(mut run: impl FnMut() -> Result<bool>) -> Result<bool> {
     match run() {
         Err(error) if matches!(error.downcast_ref(), Some(lab::Error::Qemu { .. } | lab::Error::Connection(_))) => {
-            println!("\n{error:#}\n\nThe lab machine has ended by itself; once more in a new one");
+            println!("\n{error:#}\n\nThe lab machine was lost; once more in a new one");
             run()
         }
         result => result,
