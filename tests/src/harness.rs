@@ -73,13 +73,13 @@ pub fn trial(case: Case, context: &Arc<Mutex<Context>>) -> Trial {
         let context = context.lock().unwrap_or_else(PoisonError::into_inner);
         let before = Snapshot::take(&context.scope).map_err(|error| format!("{error:#}"))?;
         let Err(failure) = attempt(&case, &context) else { return Ok(()) };
-        if !context.second_chances.take(&failure) {
+        if !context.second_chances.take(case.name, &failure) {
             return Err(Failed::from(failure));
         }
-        eprintln!("{}: again, for the emulation may have killed its guest: {failure}", case.name);
+        eprintln!("{}: again, for the emulation may be to blame: {failure}", case.name);
         let tidied = Snapshot::take(&context.scope).and_then(|now| remove_fifos(&now.since(&before), Path::new(FIFOS)));
         tidied.map_err(|error| format!("{error:#}"))?;
-        attempt(&case, &context).map_err(|again| Failed::from(format!("{again}\n\nbefore that:\n{failure}")))
+        attempt(&case, &context).map_err(|again| Failed::from(format!("{failure}\n\nand then again: {again}")))
     })
     .with_ignored_flag(of_other_machine)
 }
@@ -102,9 +102,10 @@ fn remove_fifos(things: &[Thing], fifos: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Runs a case; a failure is told with what containerd logged.
+/// Runs a case. A failure is told with what containerd logged, and the reason is said last: the end of an output is what
+/// is read first, and may be all that is kept.
 fn attempt(case: &Case, context: &Context) -> std::result::Result<(), String> {
-    guarded(case, context).map_err(|error| format!("{error:#}{}", log_since(context)))
+    guarded(case, context).map_err(|error| format!("{}{error:#}", log_since(context)))
 }
 
 /// Runs a case and then the one check for leftovers; both may have something to say.
@@ -150,7 +151,7 @@ fn log_since(context: &Context) -> String {
     let text = String::from_utf8_lossy(&log[start..]);
     let lines: Vec<&str> = text.lines().filter(|line| !line.contains("level=debug")).collect();
     let shown = lines.iter().skip(lines.len().saturating_sub(LOG_LINES));
-    shown.fold("\n\ncontainerd's log:".to_owned(), |all, line| all + "\n  " + line)
+    shown.fold("containerd's log:\n".to_owned(), |all, line| all + "  " + line + "\n") + "\n"
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
@@ -116,6 +116,9 @@ fn run(arguments: &Arguments, work: &Path) -> Result<ExitCode> {
     let context = Arc::new(Mutex::new(context));
     let trials = cases::all().into_iter().map(|case| trial(case, &context)).collect();
     let conclusion = libtest_mimic::run(&arguments.harness(), trials);
+    for again in context.lock().unwrap_or_else(PoisonError::into_inner).second_chances.taken() {
+        eprintln!("It had a second chance on emulated processors: {again}");
+    }
     let left = settle(&before, &scope, Deadline::after(patience))?;
     release(namespaces.each_ref());
     if !left.is_empty() {
