@@ -65,7 +65,7 @@ const PACKAGES: &[&str] = &[
 const NEW_SUITE: &str = "sid";
 /// Packages of [`NEW_SUITE`] and where their programs go.
 const NEW_PACKAGES: [(&str, &str); 2] = [("containerd", "opt/containerd-2.1/bin"), ("runc", "opt/runc-1.3/bin")];
-/// The kernel's metapackage; it depends on the newest build.
+/// The kernel's metapackage.
 const KERNEL: &str = "linux-image-cloud-amd64";
 /// What the kernel needs before it can mount the root disk.
 const BOOT_MODULES: [&str; 2] = ["virtio_blk", "ext4"];
@@ -160,12 +160,7 @@ fn build_system(cache: &Cache, tools: &Tools, dir: &Path) -> Result<(), Error> {
 fn unpack_packages(cache: &Cache, root: &Path) -> Result<String, Error> {
     let suite = Suite::open(cache, SUITE)?;
     let mut resolved = suite.resolve(PACKAGES)?;
-    resolved.extend(
-        suite
-            .resolve(&[KERNEL])?
-            .into_iter()
-            .filter(|package| package.name.starts_with("linux-image-") && package.name != KERNEL),
-    );
+    resolved.push(suite.newest_kernel(KERNEL)?);
     let names: Vec<&str> = resolved.iter().map(|package| package.name.as_str()).collect();
     let progress = Progress::start("Fetching the lab machine's packages", 0);
     let debs = suite.download(&names)?;

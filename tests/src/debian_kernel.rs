@@ -9,7 +9,7 @@ use cache::{Cache, Key};
 use debian::Suite;
 
 const SUITE: &str = "trixie";
-/// The metapackage; it depends on the newest build.
+/// The kernel's metapackage.
 const PACKAGE: &str = "linux-image-cloud-amd64";
 /// The drivers of our machines' devices that it does not have built in.
 const DRIVERS: [&str; 6] = ["virtio_blk", "virtio_net", "virtio_pmem", "nd_pmem", "virtio_mem", "virtio_balloon"];
@@ -33,9 +33,7 @@ impl DebianKernel {
     /// When the package cannot be had, or is not as kernels' packages are.
     pub fn newest(cache: &Cache) -> Result<Self> {
         let suite = Suite::open(cache, SUITE)?;
-        let mut builds = suite.resolve(&[PACKAGE])?;
-        builds.retain(|package| package.name.starts_with("linux-image-") && package.name != PACKAGE);
-        let build = builds.first().with_context(|| format!("{PACKAGE} depends on no kernel"))?;
+        let build = suite.newest_kernel(PACKAGE)?;
         let mut key = Key::new("1").with(&build.name, build.version.as_bytes());
         for driver in DRIVERS {
             key = key.with("driver", driver.as_bytes());

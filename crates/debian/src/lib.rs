@@ -32,6 +32,9 @@ pub enum Error {
         /// Where it should be.
         archives: PathBuf,
     },
+    /// A kernel's metapackage depends on no kernel.
+    #[error("{0} depends on no package that is a kernel")]
+    NoKernel(String),
     /// The machine's apt knows no Debian mirror.
     #[error("apt on this machine names no Debian mirror; add one to /etc/apt/sources.list.d")]
     NoMirror,
@@ -147,6 +150,18 @@ impl Suite {
         let mut resolved = parse_simulation(&String::from_utf8_lossy(&listed));
         resolved.sort();
         Ok(resolved)
+    }
+
+    /// The kernel that a metapackage, as `linux-image-amd64`, leads to: the newest build.
+    ///
+    /// # Errors
+    /// When apt does not know it; [`Error::NoKernel`] when it is no such package.
+    pub fn newest_kernel(&self, metapackage: &str) -> Result<Package, Error> {
+        let packages = self.resolve(&[metapackage])?.into_iter();
+        packages
+            .filter(|package| package.name != metapackage)
+            .find(|package| package.name.starts_with("linux-image-"))
+            .ok_or_else(|| Error::NoKernel(metapackage.to_owned()))
     }
 
     /// Downloads these packages and all that they depend on (no recommendations).
