@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result};
+use lab::Kernel;
 
 use crate::measure::Samples;
 use crate::measure::vmm::Vmm;
@@ -53,13 +54,15 @@ pub enum Group {
     HotPlug,
     /// What idle VMs make their host do
     Idle,
-    /// A GPU of the host that comes to a running guest
+    /// A GPU of the host that comes to a running guest, on Debian's kernel: VFIO by groups
     Vfio,
+    /// The same on a kernel with IOMMUFD
+    Iommufd,
 }
 
 impl Group {
     /// All groups, in the order of the report.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Boot,
         Self::Kernel,
         Self::Memory,
@@ -69,6 +72,7 @@ impl Group {
         Self::HotPlug,
         Self::Idle,
         Self::Vfio,
+        Self::Iommufd,
     ];
 
     /// Its name in progress messages.
@@ -84,6 +88,7 @@ impl Group {
             Self::HotPlug => "hot-plug",
             Self::Idle => "idle VMs",
             Self::Vfio => "a device of the host",
+            Self::Iommufd => "a device of the host by IOMMUFD",
         }
     }
 
@@ -95,7 +100,7 @@ impl Group {
             Self::Boot | Self::Containers => true,
             Self::Kernel | Self::Memory | Self::Block | Self::Net | Self::HotPlug => clock == Clock::Virtual,
             // Virtual time runs away from a machine that idles, and one CPU hides what several do at once.
-            Self::Idle | Self::Vfio => clock == Clock::Wall,
+            Self::Idle | Self::Vfio | Self::Iommufd => clock == Clock::Wall,
         }
     }
 
@@ -109,7 +114,7 @@ impl Group {
     /// Whether its guests start from the image of tools.
     #[must_use]
     pub fn needs_tools(self) -> bool {
-        matches!(self, Self::Block | Self::Net | Self::HotPlug | Self::Vfio)
+        matches!(self, Self::Block | Self::Net | Self::HotPlug | Self::Vfio | Self::Iommufd)
     }
 
     /// The machine that it is measured in.
@@ -117,7 +122,11 @@ impl Group {
     /// # Errors
     /// When it does not start.
     pub fn site(self, clock: Clock, dist: &Path) -> Result<Site> {
-        if self == Self::Vfio { Site::with_gpu(dist) } else { Site::new(clock, dist) }
+        match self {
+            Self::Vfio => Site::with_gpu(Kernel::Debian, dist),
+            Self::Iommufd => Site::with_gpu(Kernel::Iommufd, dist),
+            _ => Site::new(clock, dist),
+        }
     }
 
     /// Measures its figures at `site` and adds them to `report`.
@@ -134,7 +143,10 @@ impl Group {
             Self::Net => devices::net(site, inputs, report),
             Self::HotPlug => devices::hot_plug(site, inputs, report),
             Self::Idle => devices::idle(site, inputs, report),
-            Self::Vfio => devices::vfio(site, inputs, report),
+            Self::Vfio => devices::vfio(site, inputs, "GPU of 8 GiB to a guest of 2 GiB, wall time", report),
+            Self::Iommufd => {
+                devices::vfio(site, inputs, "GPU of 8 GiB to a guest of 2 GiB by IOMMUFD, wall time", report)
+            }
         }
     }
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use lab::{Device, Hardware, Input, Machine, Setup, Snapshot};
+use lab::{Device, Hardware, Input, Kernel, Machine, Setup, Snapshot};
 
 use crate::measure::Samples;
 
@@ -67,12 +67,12 @@ impl Site {
         Self::bare(clock)?.install(dist)
     }
 
-    /// Boots a lab machine with a GPU behind an IOMMU at [`Self::gpu`] and installs `dist` in it.
+    /// Boots a lab machine with this kernel and a GPU behind an IOMMU at [`Self::gpu`] and installs `dist` in it.
     ///
     /// # Errors
     /// When the machine does not start.
-    pub fn with_gpu(dist: &Path) -> Result<Self> {
-        let hardware = Hardware::new().device(Device::Gpu(GPU_MEMORY)).memory(GPU_MACHINE_MEMORY);
+    pub fn with_gpu(kernel: Kernel, dist: &Path) -> Result<Self> {
+        let hardware = Hardware::new().kernel(kernel).device(Device::Gpu(GPU_MEMORY)).memory(GPU_MACHINE_MEMORY);
         let name = format!("bench-gpu-{}", std::process::id());
         Self::with_program(Machine::boot(&hardware, Snapshot::Base, &Setup::new(), &name)?)?.install(dist)
     }

@@ -106,8 +106,8 @@ pub(super) fn hot_plug(site: &Site, inputs: &Inputs, report: &mut Report) -> Res
     Ok(())
 }
 
-/// A GPU of the host that comes later.
-pub(super) fn vfio(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
+/// A GPU of the host that comes later. QEMU opens it by its group on either kernel, as it does unless it is told otherwise.
+pub(super) fn vfio(site: &Site, inputs: &Inputs, group: &'static str, report: &mut Report) -> Result<()> {
     const GUEST_LIMIT: &str = "300";
     let base = site.provide(&kernel(&inputs.dist), "base")?;
     let tools = inputs.tools.as_ref().context("The image of tools was not made")?;
@@ -115,7 +115,6 @@ pub(super) fn vfio(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<
     let (rounds, address) = (inputs.rounds.to_string(), Site::gpu());
     let guests = ["vfio", "--kernel", &base, "--tools", &tools, "--rounds", &rounds, "--limit", GUEST_LIMIT];
     let samples = site.measure(&[&guests[..], &["--address", &address]].concat())?;
-    let group = "GPU of 8 GiB to a guest of 2 GiB, wall time";
     let [own, peer] = Machine::ALL.map(|machine| sample(&samples, &format!("{} vfio", machine.name()), 1.0));
     let (own, peer) = (own?, peer?);
     let [own_name, peer_name] =
