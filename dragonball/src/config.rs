@@ -39,6 +39,11 @@ pub struct MachineConfig {
     /// The most memory that the guest can have while it runs, in bytes: `memory`, and what can be plugged beside it. A
     /// multiple of [`MEMORY_GRANULE`]. Without one, and where it equals `memory`, no memory can be plugged.
     pub memory_max: Option<u64>,
+    /// Whether guest memory is in the host's huge pages from the start (transparent ones: none need to be reserved). The
+    /// guest is faster, and gets devices of the host sooner; more memory is touched than the guest uses, and the kernel's
+    /// pages are not shared with other machines. A machine that starts with devices of the host has them anyway, because
+    /// all of its memory is touched then.
+    pub huge_pages: bool,
     /// Whether the machine has a balloon, through which the guest gives memory back that it does not use.
     pub balloon: bool,
     /// Persistent memory devices, `/dev/pmem0` and on.
@@ -79,6 +84,7 @@ impl MachineConfig {
             vcpus: 1,
             memory: 128 << 20,
             memory_max: None,
+            huge_pages: false,
             balloon: false,
             pmem: Vec::new(),
             disks: Vec::new(),
@@ -131,6 +137,11 @@ impl MachineConfig {
     /// Whether devices of the host may ever be in it.
     pub(crate) fn may_have_host_devices(&self) -> bool {
         self.hot_plug || !self.vfio.is_empty()
+    }
+
+    /// Whether guest memory is in huge pages from the start.
+    pub(crate) fn has_huge_pages(&self) -> bool {
+        self.huge_pages || !self.vfio.is_empty()
     }
 
     /// The most vCPUs that the machine may ever have.

@@ -101,6 +101,8 @@ pub struct Plan {
     pub cmdline: String,
     /// vCPUs and memory.
     pub size: Range,
+    /// Whether guest memory is in huge pages from the start.
+    pub huge_pages: bool,
     /// Devices of the host, by their files of VFIO.
     pub devices: Vec<PathBuf>,
     /// Whether devices of the host can come later.
@@ -152,6 +154,7 @@ impl Plan {
             image: hypervisor.image.clone(),
             cmdline,
             size: blueprint.size,
+            huge_pages: hypervisor.enable_hugepages,
             devices: blueprint.devices.clone(),
             devices_can_come: blueprint.devices_can_come,
             shared: shared.to_owned(),
@@ -177,6 +180,7 @@ impl Launcher for Dragonball {
         config.vfio = plan.devices.iter().map(|path| vfio(path)).collect();
         config.memory = boot.memory;
         config.memory_max = Some(max.memory);
+        config.huge_pages = plan.huge_pages;
         config.pmem = vec![PmemConfig { path: plan.image.clone(), read_only: true }];
         config.fs = vec![FsConfig { tag: protocols::SHARED_TAG.to_owned(), directory: plan.shared.clone() }];
         config.vsock = Some(VsockConfig { guest_cid: protocols::GUEST_CID, socket: plan.vsock.clone() });

@@ -320,9 +320,10 @@ const COMMAND_LINE: &str =
 /// QEMU's port that devices come to.
 const PORT: &str = "port0";
 
+/// Its memory is in huge pages, as QEMU's is unless it is told otherwise.
 fn dragonball(parts: Parts<'_>, memory: u64, socket: &Path) -> Command {
     let mut command = Command::new("/usr/bin/dragonball");
-    command.args(["run", "--cpus", "1", "--memory", &format!("{memory}M"), "--console", "-", "--kernel"]);
+    command.args(["run", "--huge-pages", "--cpus", "1", "--memory", &format!("{memory}M"), "--console", "-", "--kernel"]);
     command.arg(parts.kernel).args(["--disk", &format!("{},ro", parts.tools.display()), "--control"]).arg(socket);
     command.args(["--cmdline", COMMAND_LINE]);
     command

@@ -23,6 +23,7 @@ const ANNOTATIONS: &[(&str, &str)] = &[
     ("hypervisor.default_maxvcpus", "hypervisor.dragonball.default_maxvcpus"),
     ("hypervisor.default_memory", "hypervisor.dragonball.default_memory"),
     ("hypervisor.default_maxmemory", "hypervisor.dragonball.default_maxmemory"),
+    ("hypervisor.enable_hugepages", "hypervisor.dragonball.enable_hugepages"),
     // Kata has this one under `runtime`, though the key is the agent's.
     ("runtime.create_container_timeout", "agent.kata.create_container_timeout"),
 ];
@@ -120,7 +121,11 @@ impl Config {
                 })?;
                 set(self, keys::within(count, *min, *max, unit)?);
             }
-            Value::Flag(_) | Value::Only { .. } | Value::Patterns(_) | Value::Path(_) | Value::OptionalPath(_) => {
+            Value::Flag(set) => {
+                let flag = text.trim().parse().map_err(|_| ("not a flag", "write true or false"));
+                set(self, flag.map_err(|(problem, remedy)| (problem.to_owned(), remedy.to_owned()))?);
+            }
+            Value::Only { .. } | Value::Patterns(_) | Value::Path(_) | Value::OptionalPath(_) => {
                 return Err(("not a setting of one pod".to_owned(), "remove the annotation".to_owned()));
             }
         }

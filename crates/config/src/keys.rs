@@ -85,6 +85,10 @@ pub const KEYS: &[Key] = &[
         },
     },
     Key {
+        name: "hypervisor.dragonball.enable_hugepages",
+        value: Value::Flag(|config, flag| config.hypervisor.enable_hugepages = flag),
+    },
+    Key {
         name: "hypervisor.dragonball.enable_annotations",
         value: Value::Patterns(|config, patterns| config.hypervisor.enable_annotations = patterns),
     },

@@ -59,6 +59,8 @@ pub struct Hypervisor {
     pub default_memory: u64,
     /// Guest memory in bytes that the limits of containers may ask for; 0 stands for the RAM of the host.
     pub default_maxmemory: u64,
+    /// Guest memory is in the host's huge pages from the start.
+    pub enable_hugepages: bool,
     /// Which keys of this table a pod's annotations may change: regular expressions for whole names.
     pub enable_annotations: Vec<String>,
     /// Writes the guest's console to the log and has a debug UART.
@@ -98,6 +100,7 @@ impl Default for Config {
                 default_maxvcpus: 0,
                 default_memory: 256 << 20,
                 default_maxmemory: 0,
+                enable_hugepages: false,
                 enable_annotations: ["kernel_params", "default_vcpus", "default_memory"].map(str::to_owned).to_vec(),
                 enable_debug: false,
             },

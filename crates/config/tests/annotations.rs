@@ -23,7 +23,7 @@ fn enabling(patterns: &[&str]) -> Config {
 
 #[test]
 fn every_annotation_reaches_its_field() {
-    let mut config = enabling(&["default_.*", "kernel_params"]);
+    let mut config = enabling(&["default_.*", "kernel_params", "enable_hugepages"]);
     config.hypervisor.kernel_params = "quiet".to_owned();
     let config = annotated(
         config,
@@ -32,6 +32,7 @@ fn every_annotation_reaches_its_field() {
             ("hypervisor.default_maxvcpus", "5"),
             ("hypervisor.default_memory", "512"),
             ("hypervisor.default_maxmemory", "2Gi"),
+            ("hypervisor.enable_hugepages", "true"),
             ("hypervisor.kernel_params", "mitigations=off"),
             ("runtime.create_container_timeout", "7"),
         ],
@@ -39,6 +40,7 @@ fn every_annotation_reaches_its_field() {
     .unwrap();
     assert_eq!((config.hypervisor.default_vcpus, config.hypervisor.default_maxvcpus), (3, 5));
     assert_eq!((config.hypervisor.default_memory, config.hypervisor.default_maxmemory), (512 << 20, 2 << 30));
+    assert!(config.hypervisor.enable_hugepages);
     // To the administrator's words, not instead of them.
     assert_eq!(config.hypervisor.kernel_params, "quiet mitigations=off");
     assert_eq!(config.agent.create_container_timeout.as_secs(), 7);
@@ -68,6 +70,18 @@ fn what_cannot_be_applied_is_refused_by_name(#[case] name: &str, #[case] value: 
     assert!(message.contains(name), "{message}");
     for part in parts {
         assert!(message.contains(part), "{part:?} is not in {message:?}");
+    }
+}
+
+#[test]
+fn a_flag_is_true_or_false() {
+    for (value, expected) in [("true", Some(true)), (" false ", Some(false)), ("yes", None), ("1", None), ("", None)] {
+        let annotated = annotated(enabling(&["enable_hugepages"]), &[("hypervisor.enable_hugepages", value)]);
+        match (annotated, expected) {
+            (Ok(config), Some(expected)) => assert_eq!(config.hypervisor.enable_hugepages, expected),
+            (Err(message), None) => assert!(message.contains("write true or false"), "{message}"),
+            (other, _) => panic!("{value:?}: {other:?}"),
+        }
     }
 }
 

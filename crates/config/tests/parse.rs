@@ -41,6 +41,7 @@ fn every_key_reaches_its_field() {
         default_maxvcpus = 6
         default_memory = 2048
         default_maxmemory = 4096
+        enable_hugepages = true
         enable_annotations = ["default_.*"]
         enable_debug = true
         [agent.kata]
@@ -61,7 +62,7 @@ fn every_key_reaches_its_field() {
     assert_eq!((config.hypervisor.default_vcpus, config.hypervisor.default_memory), (4, 2048 << 20));
     assert_eq!((config.hypervisor.default_maxvcpus, config.hypervisor.default_maxmemory), (6, 4096 << 20));
     assert_eq!(config.hypervisor.enable_annotations, ["default_.*"]);
-    assert!(config.runtime.static_sandbox_resource_mgmt);
+    assert!(config.runtime.static_sandbox_resource_mgmt && config.hypervisor.enable_hugepages);
     assert!(config.hypervisor.enable_debug && config.agent.enable_debug && config.runtime.enable_debug);
     assert_eq!(config.agent.reconnect_timeout.as_millis(), 1500);
     assert_eq!(config.agent.create_container_timeout.as_secs(), 9);

@@ -38,7 +38,8 @@ pub(super) fn build(config: &MachineConfig, shared: Arc<Shared>) -> Result<Vm, S
     shared.stamp("vm created");
     shared.set_boot_memory(config.memory);
     let pluggable = layout::pluggable(config.memory, config.memory_max());
-    let ram = GuestRam::with_pluggable(config.memory, pluggable).map_err(host_refused("map guest memory"))?;
+    let ram = GuestRam::with_pluggable(config.memory, pluggable, config.has_huge_pages())
+        .map_err(host_refused("map guest memory"))?;
     let address_space = AddressSpace::new(Arc::clone(&vm));
     address_space.add_ram(&ram).map_err(refused("add guest memory"))?;
     let entry = boot::load(config, &ram, acpi::RSDP)?;

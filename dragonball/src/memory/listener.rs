@@ -64,6 +64,14 @@ impl DmaListeners {
         Self { memory, attached: Arc::default() }
     }
 
+    /// Fills all memory that the guest has, which [`Self::attach`] with a listener that pins it would do slower; for as long
+    /// as it is `wanted`.
+    pub(crate) fn fill(&self, wanted: &(dyn Fn() -> bool + Sync)) {
+        // Held until the end: what is discarded meanwhile would be filled for nobody.
+        let _attached = self.attached();
+        self.pieces().for_each(|(range, host)| mapping::fill(host, range.length, wanted));
+    }
+
     /// Tells `listener` all memory that the guest has, and from then on what comes and goes.
     ///
     /// # Errors
@@ -88,6 +96,9 @@ impl DmaListeners {
     /// The first listener's that refuses; those before it were told that the range is unplugged again.
     pub(super) fn plugged(&self, range: Range, host: u64) -> io::Result<()> {
         let attached = self.attached();
+        if !attached.is_empty() {
+            mapping::fill(host, range.length, &|| true);
+        }
         for (done, listener) in attached.iter().enumerate() {
             if let Err(error) = listener.plugged(range, host) {
                 attached[..done].iter().rev().for_each(|listener| listener.unplugged(range));

@@ -3,7 +3,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{GuestMemoryRegion, GuestRegionMmap, MmapRegion};
@@ -72,6 +72,48 @@ fn aligned(length: u64, protection: libc::c_int) -> io::Result<(MmapRegion, Mmap
     Ok((view, owner))
 }
 
+/// Lets the host back memory by huge pages, wherever a part of one is touched.
+///
+/// # Errors
+/// When its kernel was built without them.
+pub(crate) fn advise_huge_pages(region: &GuestRegionMmap<()>) -> io::Result<()> {
+    let (address, length) = pages(region, 0, region.len())?;
+    // SAFETY: the advice does not change what the region's own pages hold.
+    if unsafe { libc::madvise(address, length, libc::MADV_HUGEPAGE) } == 0 {
+        Ok(())
+    } else {
+        Err(io::Error::last_os_error())
+    }
+}
+
+/// Makes huge pages of the small ones that memory has already: an IOMMU has an entry for each page. A good turn as
+/// [`fill`]: kernels before 6.1 do not know how, and none does it to what is mapped from a file.
+fn collapse(start: usize, length: usize) {
+    const SMALL: usize = 4 << 10;
+    const HUGE: usize = 2 << 20;
+    /// How much is looked at with one buffer.
+    const AT_ONCE: usize = 64 << 20;
+    let mut touched = vec![0; AT_ONCE / SMALL];
+    for (start, length) in pieces(start, length, AT_ONCE) {
+        // SAFETY: the kernel writes a byte for each page of the range, which is no longer than the buffer is for.
+        if unsafe { libc::mincore(start as *mut libc::c_void, length, touched.as_mut_ptr()) } != 0 {
+            return;
+        }
+        for ((start, length), touched) in pieces(start, length, HUGE).zip(touched.chunks(HUGE / SMALL)) {
+            // Only where there is something to do: each advice makes all processors look up.
+            if touched.iter().any(|page| page & 1 != 0) {
+                // SAFETY: the advice does not change what any memory holds, wherever it points to.
+                unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_COLLAPSE) };
+            }
+        }
+    }
+}
+
+/// Cuts `length` bytes at `start` into pieces of at most `size`.
+fn pieces(start: usize, length: usize, size: usize) -> impl Iterator<Item = (usize, usize)> {
+    (0..length).step_by(size).map(move |offset| (start + offset, size.min(length - offset)))
+}
+
 /// How much one thread fills at a time: whoever changes the process's mappings waits for it.
 const PIECE: usize = 4 << 20;
 /// More threads than this find no more memory bandwidth.
@@ -79,24 +121,24 @@ const FILLERS_MAX: usize = 8;
 
 /// Fills `length` bytes of memory at `host`, which may have content, before somebody pins them: in huge pages where the
 /// host has any, and by several threads, as most of it is the zeroing. No more than a good turn: what is not filled here
-/// (kernels before 5.14 do not know how) is filled by who pins it, page by page, who also says what is wrong.
-pub(crate) fn fill(host: u64, length: u64) {
+/// (kernels before 5.14 do not know how) is filled by who pins it, page by page, who also says what is wrong. Ends early
+/// when it is not `wanted` any more.
+pub(crate) fn fill(host: u64, length: u64, wanted: &(dyn Fn() -> bool + Sync)) {
     let (Ok(start), Ok(length)) = (usize::try_from(host), usize::try_from(length)) else { return };
     // Once for all: this advice changes the mapping, so that given for each piece it would wait for all who fill another.
     // SAFETY: as below.
     unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_HUGEPAGE) };
-    let pieces = length.div_ceil(PIECE);
-    let next = AtomicUsize::new(0);
+    collapse(start, length);
+    let count = length.div_ceil(PIECE);
+    let rest = Mutex::new(pieces(start, length, PIECE));
     let fill = || {
-        let mine = || Some(next.fetch_add(1, Ordering::Relaxed)).filter(|piece| *piece < pieces);
-        while let Some(piece) = mine() {
-            let offset = piece * PIECE;
-            let (address, length) = ((start + offset) as *mut libc::c_void, PIECE.min(length - offset));
+        let next = || rest.lock().unwrap_or_else(PoisonError::into_inner).next().filter(|_| wanted());
+        while let Some((start, length)) = next() {
             // SAFETY: the advice does not change what any memory holds, wherever it points to.
-            unsafe { libc::madvise(address, length, libc::MADV_POPULATE_WRITE) };
+            unsafe { libc::madvise(start as *mut libc::c_void, length, libc::MADV_POPULATE_WRITE) };
         }
     };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(FILLERS_MAX).min(pieces);
+    let threads = std::thread::available_parallelism().map_or(1, usize::from).min(FILLERS_MAX).min(count);
     std::thread::scope(|scope| {
         for _ in 1..threads {
             // One that cannot be had is one less.
@@ -248,7 +290,9 @@ mod tests {
         assert!(host.is_multiple_of(BLOCK));
         view.get_slice(12_288, 1).unwrap().write_obj(7_u8, 0).unwrap();
         assert!(!is_resident(host + LENGTH - PAGE));
-        fill(host, LENGTH);
+        fill(host, LENGTH, &|| false);
+        assert!(!is_resident(host + LENGTH - PAGE));
+        fill(host, LENGTH, &|| true);
         assert!((0..LENGTH / PAGE).all(|page| is_resident(host + page * PAGE)));
         assert_eq!(view.get_slice(12_288, 1).unwrap().read_obj::<u8>(0).unwrap(), 7);
     }

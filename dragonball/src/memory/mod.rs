@@ -28,6 +28,7 @@ pub use region::{GuestRegions, Region};
 #[derive(Clone, Debug)]
 pub(crate) struct GuestRam {
     memory: GuestMemory,
+    huge_pages: bool,
 }
 
 impl GuestRam {
@@ -37,14 +38,15 @@ impl GuestRam {
     /// When the host has no room for the mapping.
     #[cfg(test)]
     pub(crate) fn new(size: u64) -> io::Result<Self> {
-        Self::with_pluggable(size, None)
+        Self::with_pluggable(size, None, false)
     }
 
-    /// As [`Self::new`]; beside it, memory can be plugged at `pluggable` later (see [`PluggableMemory`]).
+    /// As [`Self::new`]; beside it, memory can be plugged at `pluggable` later (see [`PluggableMemory`]). All of it is in
+    /// huge pages, if they are asked for and the host has any.
     ///
     /// # Errors
     /// When the host has no room for the mappings.
-    pub(crate) fn with_pluggable(size: u64, pluggable: Option<Range>) -> io::Result<Self> {
+    pub(crate) fn with_pluggable(size: u64, pluggable: Option<Range>, huge_pages: bool) -> io::Result<Self> {
         let mut regions = Vec::new();
         for range in layout::ram(size) {
             let region = Region::fixed(mapping::ram(range.length)?, GuestAddress(range.start));
@@ -53,8 +55,15 @@ impl GuestRam {
         if let Some(range) = pluggable {
             regions.push(plug::region(range)?);
         }
+        if huge_pages {
+            for region in &regions {
+                if let Err(error) = mapping::advise_huge_pages(region.mapping()) {
+                    tracing::warn!(%error, "this host's kernel has no huge pages for guest memory: they are small ones");
+                }
+            }
+        }
         let memory = GuestRegions::from_regions(regions).map_err(io::Error::other)?;
-        Ok(Self { memory: Arc::new(memory) })
+        Ok(Self { memory: Arc::new(memory), huge_pages })
     }
 
     /// The memory as devices see it.
@@ -71,7 +80,7 @@ impl GuestRam {
     }
 
     /// Puts `length` bytes of `file` from `file_offset` on at guest-physical `address`: mapped where both lie on a page,
-    /// read otherwise.
+    /// read otherwise, and into huge pages, which no file's pages become.
     ///
     /// # Errors
     /// When they do not fit there, or the file cannot be mapped or read.
@@ -84,7 +93,7 @@ impl GuestRam {
         if region.len() - offset < length {
             return Err(io::ErrorKind::InvalidInput.into());
         }
-        if address.is_multiple_of(mapping::PAGE) && file_offset.is_multiple_of(mapping::PAGE) {
+        if !self.huge_pages && address.is_multiple_of(mapping::PAGE) && file_offset.is_multiple_of(mapping::PAGE) {
             // The last page is read, not mapped: behind the piece, the file may go on with something else.
             let whole = length - length % mapping::PAGE;
             if whole > 0 {
@@ -126,6 +135,22 @@ mod tests {
             let mut seen = [0; 4096 + 101];
             ram.memory().read_slice(&mut seen, GuestAddress(address)).unwrap();
             assert_eq!((seen[0], seen[4096 + 99], seen[4096 + 100]), (1, 1, 0), "{address:x} {file_offset}");
+        }
+    }
+
+    #[test]
+    fn in_huge_pages_nothing_is_mapped_from_a_file() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(&[1; 2 * 4096]).unwrap();
+        let name = file.path().to_str().unwrap();
+        let mapped = || std::fs::read_to_string("/proc/self/maps").unwrap().contains(name);
+        for huge_pages in [true, false] {
+            let ram = GuestRam::with_pluggable(64 << 20, None, huge_pages).unwrap();
+            ram.load(file.as_file(), 0, 2 * 4096, 0x10_0000).unwrap();
+            assert_eq!(mapped(), !huge_pages);
+            let mut seen = [0; 2];
+            ram.memory().read_slice(&mut seen, GuestAddress(0x10_1fff)).unwrap();
+            assert_eq!(seen, [1, 0], "{huge_pages}");
         }
     }
 

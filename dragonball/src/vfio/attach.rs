@@ -2,6 +2,8 @@
 
 use std::io;
 use std::panic::resume_unwind;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::thread::Builder;
 use std::time::{Duration, Instant};
@@ -49,7 +51,7 @@ pub(crate) struct PreparedGroup {
 pub(crate) struct PrepareTimes {
     /// Opening its devices.
     pub(crate) open: Duration,
-    /// Mapping guest memory into the IOMMU, at the same time; nothing where other devices are there before.
+    /// Filling guest memory and mapping it into the IOMMU, at the same time; nothing where other devices are there before.
     pub(crate) dma_map: Duration,
     /// Resetting the devices and mapping their memory.
     pub(crate) bar_map: Duration,
@@ -75,26 +77,59 @@ impl Passthrough {
         let count = addresses.len();
         let numbers = numbers(&addresses).ok_or(VfioError::TooManyFunctions { group: group.number, count })?;
         let mut shared = self.shared.lock().unwrap_or_else(PoisonError::into_inner);
-        let start = Instant::now();
-        let (session, joined) = self.join(&mut shared, &group, config.peer_to_peer)?;
-        let join = start.elapsed();
-        let (candidates, mut times) = std::thread::scope(|scope| {
-            // Opening and resetting devices is mostly waiting for them, which is time to map the memory in.
-            let map = || session.map(&self.listeners);
-            let mapping = Builder::new().name("dma-map".to_owned()).spawn_scoped(scope, map);
-            let opened = open(joined, config, &session, numbers.len() > 1);
-            let dma_map = match mapping {
-                Ok(mapping) => mapping.join().unwrap_or_else(|panic| resume_unwind(panic)),
-                Err(error) => {
-                    tracing::warn!(%error, "no thread can be started to map memory");
-                    map()
-                }
-            }?;
-            opened.map(|(candidates, times)| (candidates, PrepareTimes { dma_map, ..times }))
+        let is_first = shared.session.strong_count() == 0;
+        let refused = AtomicBool::new(false);
+        let (give, given) = mpsc::channel();
+        let (session, candidates, times) = std::thread::scope(|scope| {
+            // Opening and resetting devices is mostly waiting for them, which is time to fill memory and to map it.
+            let map = || self.map(is_first, &refused, given);
+            let mapping = Builder::new().name("dma-map".to_owned()).spawn_scoped(scope, map).map_err(no_thread)?;
+            let opened = self.open(&mut shared, &group, config, give);
+            refused.store(opened.is_err(), Ordering::Relaxed);
+            let mapped = mapping.join().unwrap_or_else(|panic| resume_unwind(panic));
+            let (session, candidates, times) = opened?;
+            Ok::<_, VfioError>((session, candidates, PrepareTimes { dma_map: mapped?, ..times }))
         })?;
         shared.session = Arc::downgrade(&session);
-        times.open += join;
         Ok(PreparedGroup { candidates, numbers, times })
+    }
+
+    /// Gives the guest's memory to the devices of the session that comes; fills it before, as long as they are not refused.
+    /// Answers how long that took, where they are the first.
+    fn map(&self, fill: bool, refused: &AtomicBool, session: Receiver<Arc<Session>>) -> Result<Duration, VfioError> {
+        let start = Instant::now();
+        if fill {
+            self.listeners.fill(&|| !refused.load(Ordering::Relaxed));
+        }
+        // Where none comes, there are no devices.
+        let Ok(session) = session.recv() else { return Ok(Duration::ZERO) };
+        session.map(&self.listeners)?;
+        Ok(if fill { start.elapsed() } else { Duration::ZERO })
+    }
+
+    /// Makes a group this machine's, gives away what its devices share, and opens and resets them.
+    fn open(
+        &self,
+        shared: &mut SharedState,
+        group: &Group,
+        config: &VfioConfig,
+        give: Sender<Arc<Session>>,
+    ) -> Result<(Arc<Session>, Vec<Candidate>, PrepareTimes), VfioError> {
+        let start = Instant::now();
+        let (session, joined) = self.join(shared, group, config.peer_to_peer)?;
+        // Who takes it is there until it has it.
+        let _ = give.send(Arc::clone(&session));
+        let hosts = joined.devices()?;
+        let open = start.elapsed();
+        let options = Options {
+            clique: config.clique,
+            peers: config.peer_to_peer.then(|| Arc::clone(&session.dma)),
+            multi_function: hosts.len() > 1,
+            keeper: Some(Arc::clone(&session) as _),
+        };
+        let candidates = hosts.into_iter().map(|host| Candidate::new(host, &options)).collect::<Result<_, _>>()?;
+        let times = PrepareTimes { open, bar_map: start.elapsed() - open, ..PrepareTimes::default() };
+        Ok((session, candidates, times))
     }
 
     /// Makes a group this machine's. Gives what its devices share, in which nothing is mapped if they are the first.
@@ -115,24 +150,8 @@ impl Passthrough {
     }
 }
 
-/// Opens and resets the devices of a group that is this machine's, and maps their memory.
-fn open(
-    joined: Joined,
-    config: &VfioConfig,
-    session: &Arc<Session>,
-    multi_function: bool,
-) -> Result<(Vec<Candidate>, PrepareTimes), VfioError> {
-    let start = Instant::now();
-    let hosts = joined.devices()?;
-    let open = start.elapsed();
-    let options = Options {
-        clique: config.clique,
-        peers: config.peer_to_peer.then(|| Arc::clone(&session.dma)),
-        multi_function,
-        keeper: Some(Arc::clone(session) as _),
-    };
-    let candidates = hosts.into_iter().map(|host| Candidate::new(host, &options)).collect::<Result<_, _>>()?;
-    Ok((candidates, PrepareTimes { open, bar_map: start.elapsed() - open, ..PrepareTimes::default() }))
+fn no_thread(source: io::Error) -> VfioError {
+    VfioError::Host { device: "guest memory".to_owned(), action: "start a thread that maps it", source }
 }
 
 impl SharedState {
@@ -277,16 +296,14 @@ struct Session {
 }
 
 impl Session {
-    /// Gives devices the guest's memory, unless they have it; answers how long that took.
-    fn map(&self, listeners: &DmaListeners) -> Result<Duration, VfioError> {
-        if self.attachment.get().is_some() {
-            return Ok(Duration::ZERO);
+    /// Gives devices the guest's memory, unless they have it.
+    fn map(&self, listeners: &DmaListeners) -> Result<(), VfioError> {
+        if self.attachment.get().is_none() {
+            let attachment = self.dma.follow(listeners)?;
+            // Nobody else has this session before it has its memory.
+            let _ = self.attachment.set(attachment);
         }
-        let start = Instant::now();
-        let attachment = self.dma.follow(listeners)?;
-        // Nobody else has this session before it has its memory.
-        let _ = self.attachment.set(attachment);
-        Ok(start.elapsed())
+        Ok(())
     }
 }
 

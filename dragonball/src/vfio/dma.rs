@@ -12,7 +12,6 @@ use super::VfioError;
 use super::host::Iommu;
 use crate::memory::layout::Range;
 use crate::memory::listener::{Attachment, DmaListener, DmaListeners};
-use crate::memory::mapping;
 
 /// What devices can access.
 pub(crate) struct Dma {
@@ -95,7 +94,6 @@ impl Dma {
 
 impl DmaListener for Dma {
     fn plugged(&self, range: Range, host: u64) -> io::Result<()> {
-        mapping::fill(host, range.length);
         // SAFETY: the memory stays mapped until `unplugged` or the end of the attachment, and is the guest's: this process
         // takes nothing in it for granted.
         unsafe { self.map(range, host) }.map_err(io::Error::other)

@@ -78,7 +78,7 @@ struct Machine {
 }
 
 fn machine(length: u64) -> Machine {
-    let ram = GuestRam::with_pluggable(BOOT, layout::pluggable(BOOT, BOOT + length)).unwrap();
+    let ram = GuestRam::with_pluggable(BOOT, layout::pluggable(BOOT, BOOT + length), false).unwrap();
     let space = AddressSpace::new(crate::kvm::create_vm(&crate::kvm::open().unwrap()).unwrap());
     space.add_ram(&ram).unwrap();
     let memory = Arc::clone(ram.memory());
