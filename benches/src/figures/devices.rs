@@ -9,12 +9,11 @@ use crate::measure::{Samples, hot_plug, net};
 use crate::report::{Figure, Goal, Report};
 use crate::site::Site;
 
-/// Guests that are measured for each figure, at most: each has a boot of its own. A second of iperf3's in virtual time
-/// lasts ten and more.
+/// Guests that are measured for disks, at most: each has a boot of its own.
 const BLOCK_ROUNDS_MAX: usize = 3;
-const NET_ROUNDS_MAX: usize = 2;
-/// Virtual seconds in which a guest's tools have done all.
+/// Seconds in which a guest's tools have done all, in virtual time and in wall time.
 const LIMIT: &str = "8";
+const LIMIT_WALL: &str = "120";
 
 /// Where a figure is reported, in which unit, and what is better.
 #[derive(Clone, Copy)]
@@ -36,17 +35,17 @@ fn compare(report: &mut Report, samples: &Samples, suffix: &str, what: &str, kin
 }
 
 /// Runs a measurement whose guests start from the image of tools.
-fn guests(site: &Site, measurement: &str, rounds: usize, inputs: &Inputs) -> Result<Samples> {
+fn guests(site: &Site, measurement: &str, (rounds, limit): (usize, &str), inputs: &Inputs) -> Result<Samples> {
     let base = site.provide(&kernel(&inputs.dist), "base")?;
     let tools = inputs.tools.as_ref().context("The image of tools was not made")?;
     let tools = site.provide(tools, "tools")?;
     let rounds = rounds.to_string();
-    site.measure(&[measurement, "--kernel", &base, "--tools", &tools, "--rounds", &rounds, "--limit", LIMIT])
+    site.measure(&[measurement, "--kernel", &base, "--tools", &tools, "--rounds", &rounds, "--limit", limit])
 }
 
 /// Disks, by fio.
 pub(super) fn block(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
-    let samples = guests(site, "block", inputs.rounds.min(BLOCK_ROUNDS_MAX), inputs)?;
+    let samples = guests(site, "block", (inputs.rounds.min(BLOCK_ROUNDS_MAX), LIMIT), inputs)?;
     for (job, _, measure, what) in block::QUANTITIES {
         let less_is_better = measure == Measure::Latency;
         let kind = Kind { group: "virtio-blk, virtual time", unit: measure.unit(), less_is_better };
@@ -60,16 +59,17 @@ pub(super) fn block(site: &Site, inputs: &Inputs, report: &mut Report) -> Result
     Ok(())
 }
 
-/// Network cards, by iperf3 and ping.
+/// Network cards, by iperf3 and ping: in wall time, because iperf3 measures for seconds, and one in virtual time lasts
+/// minutes.
 pub(super) fn net(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
-    let samples = guests(site, "net", inputs.rounds.min(NET_ROUNDS_MAX), inputs)?;
+    let samples = guests(site, "net", (inputs.rounds, LIMIT_WALL), inputs)?;
     for (_, way) in net::WAYS {
         for (quantity, what, unit, less_is_better) in [
             ("send", "TCP to the host", "Mbit/s", false),
             ("receive", "TCP to the guest", "Mbit/s", false),
             ("ping", "ping from the guest: mean round trip", "µs", true),
         ] {
-            let kind = Kind { group: "virtio-net, virtual time", unit, less_is_better };
+            let kind = Kind { group: "virtio-net, wall time", unit, less_is_better };
             compare(report, &samples, &format!("{way} {quantity}"), &format!("{what}, {way}"), kind)?;
         }
     }
@@ -85,7 +85,7 @@ const HOT_PLUG_ROUNDS_MAX: usize = 3;
 
 /// Disks and network cards that come later.
 pub(super) fn hot_plug(site: &Site, inputs: &Inputs, report: &mut Report) -> Result<()> {
-    let samples = guests(site, "hot-plug", inputs.rounds.min(HOT_PLUG_ROUNDS_MAX), inputs)?;
+    let samples = guests(site, "hot-plug", (inputs.rounds.min(HOT_PLUG_ROUNDS_MAX), LIMIT), inputs)?;
     let group = "Hot-plug, virtual time";
     for (device, what) in [("blk", "a disk until its node"), ("net", "a network card until its interface")] {
         let [own, peer] = Machine::ALL.map(|machine| sample(&samples, &format!("{} {device}", machine.name()), 1.0));

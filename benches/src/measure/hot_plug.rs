@@ -13,7 +13,7 @@ use dragonball::{DeviceConfig, DiskConfig, NetConfig, VfioConfig};
 use super::lines::Lines;
 use super::machine::{Machine, Parts, Process};
 use super::qmp::Qmp;
-use super::{Samples, push};
+use super::{Samples, push, retry};
 
 /// How often each device comes to one guest, and goes again.
 const ADDITIONS: usize = 20;
@@ -112,7 +112,7 @@ fn measure_devices(
     let mut samples = Samples::new();
     for _ in 0..rounds {
         for machine in Machine::ALL {
-            let mut guest = Guest::start(machine, parts, memory)
+            let mut guest = retry(|| Guest::start(machine, parts, memory))
                 .with_context(|| format!("The guest of {} did not start", machine.name()))?;
             for device in devices {
                 for _ in 0..additions {
@@ -323,7 +323,8 @@ const PORT: &str = "port0";
 /// Its memory is in huge pages, as QEMU's is unless it is told otherwise.
 fn dragonball(parts: Parts<'_>, memory: u64, socket: &Path) -> Command {
     let mut command = Command::new("/usr/bin/dragonball");
-    command.args(["run", "--huge-pages", "--cpus", "1", "--memory", &format!("{memory}M"), "--console", "-", "--kernel"]);
+    command.args(["run", "--huge-pages", "--cpus", "1", "--memory", &format!("{memory}M")]);
+    command.args(["--console", "-", "--kernel"]);
     command.arg(parts.kernel).args(["--disk", &format!("{},ro", parts.tools.display()), "--control"]).arg(socket);
     command.args(["--cmdline", COMMAND_LINE]);
     command
