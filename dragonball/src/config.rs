@@ -25,8 +25,8 @@ pub const DEVICES_MAX: usize = 31;
 /// A virtual machine to be started.
 #[derive(Clone, Debug, Eq, PartialEq)]
 pub struct MachineConfig {
-    /// An uncompressed `vmlinux` with a PVH entry point, or a `bzImage`. Its pages are mapped, not copied: replace the
-    /// file by renaming another one over it, never by writing into it, while machines run.
+    /// An uncompressed `vmlinux` with a PVH entry point, or a `bzImage`. Its pages are mapped, not copied (but into huge
+    /// pages): replace the file by renaming another one over it, never by writing into it, while machines run.
     pub kernel: PathBuf,
     /// An initial RAM disk; mapped as the kernel is.
     pub initrd: Option<PathBuf>,

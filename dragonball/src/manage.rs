@@ -199,8 +199,8 @@ pub struct DeviceInfo {
 pub struct AttachTimes {
     /// Opening its group and the devices in it.
     pub open: u64,
-    /// Mapping all guest memory into the IOMMU, which goes on while devices are opened and reset; 0 where another device
-    /// of the host was there before.
+    /// Filling all guest memory and mapping it into the IOMMU, which goes on while devices are opened and reset; 0 where
+    /// another device of the host was there before.
     pub dma_map: u64,
     /// Resetting its devices and mapping their memory.
     pub bar_map: u64,

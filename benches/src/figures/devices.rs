@@ -106,7 +106,7 @@ pub(super) fn hot_plug(site: &Site, inputs: &Inputs, report: &mut Report) -> Res
     Ok(())
 }
 
-/// A GPU of the host that comes later. QEMU opens it by its group on either kernel, as it does unless it is told otherwise.
+/// A GPU of the host that comes later. QEMU opens it by its group on either kernel, as it does by default.
 pub(super) fn vfio(site: &Site, inputs: &Inputs, group: &'static str, report: &mut Report) -> Result<()> {
     const GUEST_LIMIT: &str = "300";
     let base = site.provide(&kernel(&inputs.dist), "base")?;
@@ -125,6 +125,10 @@ pub(super) fn vfio(site: &Site, inputs: &Inputs, group: &'static str, report: &m
         let values = sample(&samples, step, 1.0)?;
         report.figures.push(Figure::new(group, format!("dragonball: {what}"), "ms", &values));
     }
+    report.notes.push(format!(
+        "{group}: both guests' memory is in transparent huge pages, QEMU's by default, dragonball's by --huge-pages. QEMU is \
+         asked for vfio-pci by device_add and opens the group."
+    ));
     Ok(())
 }
 

@@ -133,7 +133,7 @@ fn measure_devices(
 /// The steps in which a device of the host comes, as samples and for people.
 pub const STEPS: [(&str, &str); 5] = [
     ("open", "opening the group and its devices"),
-    ("dma map", "meanwhile, mapping guest memory into the IOMMU"),
+    ("dma map", "meanwhile, filling guest memory and mapping it into the IOMMU"),
     ("bar map", "reset, and mapping the device's memory"),
     ("announce", "announcement until the guest touches it"),
     ("driver", "from then until the guest has set it up"),

@@ -14,6 +14,7 @@ pub(super) const CASES: &[Case] = &[
     Case::kata("sizes: the limits of two containers add up in their guest, and go with them", add_up),
     Case::kata("sizes: changed limits make a running guest grow and shrink", update),
     Case::kata("sizes: limits that a machine cannot have are refused with the limit", refused),
+    Case::kata("sizes: a pod's memory is in huge pages where its annotation or the configuration says so", huge_pages),
 ];
 
 const MIB: u64 = 1 << 20;
@@ -92,6 +93,37 @@ fn annotations(context: &Context) -> Result<()> {
         let refused = run(&[annotation])?;
         ensure!(refused.code != 0 && refused.error_text().contains(part), "{annotation}: {refused:?}");
     }
+    Ok(())
+}
+
+/// Whether a container's guest memory is in huge pages: as far as it was asked for, which is the kernel's to follow.
+fn has_huge_pages(container: &Container<'_>) -> Result<bool> {
+    let maps = format!("/proc/{}/smaps", container.status()?.pid);
+    let maps = std::fs::read_to_string(&maps).with_context(|| format!("Cannot read {maps}"))?;
+    // Nothing else of a pod asks for them.
+    let mut flags = maps.lines().filter_map(|line| line.strip_prefix("VmFlags:"));
+    let advised = flags.any(|flags| flags.split_ascii_whitespace().any(|flag| flag == "hg"));
+    // The guest's kernel is a file's pages otherwise.
+    let has_file = maps.lines().any(|line| line.ends_with("/vmlinux"));
+    ensure!(advised != has_file, "advised: {advised}, the kernel's file is mapped: {has_file}");
+    Ok(advised)
+}
+
+fn huge_pages(context: &Context) -> Result<()> {
+    const ASK: &str = "io.katacontainers.config.hypervisor.enable_hugepages=true";
+    let has = |options: &[&str]| {
+        let container = context.ctr.detach(options, BUSYBOX, &context.id("huge"), &["sleep", "10000"])?;
+        let has = has_huge_pages(&container)?;
+        container.remove().map(|_| has)
+    };
+    ensure!(!has(&[])?, "Nobody asked for huge pages");
+    {
+        let _allowed =
+            context.config().with(&[("hypervisor.dragonball.enable_annotations", "[\"enable_hugepages\"]")])?;
+        ensure!(has(&["--annotation", ASK])?, "The annotation changes nothing");
+    }
+    let _changed = context.config().with(&[("hypervisor.dragonball.enable_hugepages", "true")])?;
+    ensure!(has(&[])?, "The configuration changes nothing");
     Ok(())
 }
 
