@@ -28,13 +28,15 @@ fn tells_sizes(context: &Context, mut terminal: OnTerminal) -> Result<()> {
     let shown = terminal.expect("ready", deadline)?;
     ensure!(shown.contains("on a terminal"), "shown: {shown:?}");
     // ctr listens for changes a little after it has started the program, and what changes before that is lost. So the size
-    // changes again at each answer of the program until one arrives; then ctr listens, and the last one arrives too.
-    let mut rows = 43;
+    // changes again at each answer of the program until two have arrived: the first may be the one that ctr tells before it
+    // listens. Then it does listen, and the last one arrives too.
+    let (mut rows, mut arrived) = (43, 0);
     let shown = loop {
         terminal.resize(132, rows)?;
         terminal.type_text("\n")?;
         let shown = terminal.expect("heard <", deadline)?;
-        if shown.contains(" 132") {
+        arrived += shown.matches(" 132").count();
+        if arrived > 1 {
             break shown;
         }
         rows += 1;
