@@ -76,7 +76,7 @@ pub fn trial(case: Case, context: &Arc<Mutex<Context>>) -> Trial {
         if !context.second_chances.take(case.name, &failure) {
             return Err(Failed::from(failure));
         }
-        eprintln!("{}: again, for the emulation may be to blame: {failure}", case.name);
+        eprintln!("{}: again, for the emulation may have killed its guest: {failure}", case.name);
         let tidied = Snapshot::take(&context.scope).and_then(|now| remove_fifos(&now.since(&before), Path::new(FIFOS)));
         tidied.map_err(|error| format!("{error:#}"))?;
         attempt(&case, &context).map_err(|again| Failed::from(format!("{failure}\n\nand then again: {again}")))

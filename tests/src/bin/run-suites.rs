@@ -267,7 +267,7 @@ impl Alone {
             if failed.is_empty() || !chances.take(&failed.join(", "), &text) {
                 return Ok(false);
             }
-            println!("\nEmulated processors may be to blame; once more: {}", failed.join(", "));
+            println!("\nA guest died or hung on emulated processors; once more: {}", failed.join(", "));
             filter = std::iter::once("--exact".to_owned()).chain(failed).collect();
         }
     }
