@@ -132,14 +132,17 @@ bench: ## Measure what the project promises; report in target/bench
 	cargo run --locked --profile release -p benches -- --dist target/dist-release --images $(IMAGES) --output target/bench
 
 # `unit` does a short run of each target, on stable Rust: see dragonball/src/virtio/testing/targets.rs.
+# As many targets run side by side as there are processors; what each printed is in target/fuzz.
 fuzz: deps ## Fuzz what faces the guest, FUZZ_SECONDS each (nightly Rust)
 	@cargo +nightly --version > /dev/null 2>&1 || rustup toolchain install --profile minimal nightly
 	@cargo fuzz --version > /dev/null 2>&1 || cargo install --locked cargo-fuzz
-	@for target in $$(cd dragonball && cargo +nightly fuzz list); do \
-	    echo "fuzz $$target"; \
-	    (cd dragonball && mkdir -p fuzz/corpus/$$target && \
-	        cargo +nightly fuzz run $$target fuzz/corpus/$$target fuzz/seeds/$$target -- -max_total_time=$(FUZZ_SECONDS)) || exit 1; \
-	done
+	@mkdir -p target/fuzz && cd dragonball && cargo +nightly fuzz build && \
+	cargo +nightly fuzz list | xargs -P $$(nproc) -I TARGET $(SHELL) -c ' \
+	    mkdir -p fuzz/corpus/TARGET; \
+	    if cargo +nightly fuzz run TARGET fuzz/corpus/TARGET fuzz/seeds/TARGET -- -max_total_time=$(FUZZ_SECONDS) \
+	        > ../target/fuzz/TARGET.log 2>&1; \
+	    then echo "fuzz TARGET: nothing found, $$(grep ^Done ../target/fuzz/TARGET.log)"; \
+	    else echo "fuzz TARGET: failed, see target/fuzz/TARGET.log"; tail -n 20 ../target/fuzz/TARGET.log; exit 1; fi'
 
 # Running pods have the old kernel and image mapped: files are replaced, never written into.
 install: ## Install on this machine (DESTDIR is honoured)

@@ -27,7 +27,7 @@ pub(crate) fn ram(length: u64) -> io::Result<(MmapRegion, MmapRegion)> {
 ///
 /// # Errors
 /// When the host has no room.
-#[cfg(any(test, feature = "testing"))]
+#[cfg(test)]
 pub(crate) fn anonymous(length: usize) -> io::Result<MmapRegion> {
     let region = MmapRegionBuilder::new(length)
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
