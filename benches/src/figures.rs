@@ -98,9 +98,9 @@ impl Group {
     pub fn is_measured_in(self, clock: Clock) -> bool {
         match self {
             Self::Boot | Self::Containers => true,
-            Self::Kernel | Self::Memory | Self::Block | Self::HotPlug => clock == Clock::Virtual,
+            Self::Kernel | Self::Memory | Self::HotPlug => clock == Clock::Virtual,
             // Virtual time runs away from a machine that idles, and one CPU hides what several do at once.
-            Self::Net | Self::Idle | Self::Vfio | Self::Iommufd => clock == Clock::Wall,
+            Self::Block | Self::Net | Self::Idle | Self::Vfio | Self::Iommufd => clock == Clock::Wall,
         }
     }
 

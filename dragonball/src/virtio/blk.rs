@@ -27,8 +27,13 @@ mod task;
 use engine::Engine;
 use request::{Answer, Parsed, SECTOR, Status};
 
-/// Entries of the ring; also the most requests that the host works on at a time.
+/// Entries of the ring.
 const QUEUE_SIZES: [u16; 1] = [128];
+/// The most requests that the host works on at a time.
+const MOST_PENDING: usize = QUEUE_SIZES[0] as usize;
+/// Requests after which the driver is interrupted though more of them come: fewer interrupts leave its vCPU more time, and
+/// none of the answers is old by then.
+const TOGETHER: usize = 16;
 const STATE_VERSION: u16 = 1;
 const TOKEN_RING: u32 = 0;
 const TOKEN_COMPLETION: u32 = 1;
@@ -156,65 +161,89 @@ impl Blk {
         Resizer(Arc::clone(&self.resize))
     }
 
-    /// Takes requests from the ring and hands them to the host, as many as it may work on at a time.
-    fn take_requests(&mut self) -> Result<(), DeviceError> {
-        let Some(Work { rings, memory }) = self.life.work() else { return Ok(()) };
+    /// Serves the ring until it is empty and what the host can answer at once is answered. Until then the driver does
+    /// not ring the doorbell: each ring would stop its vCPU for a request that is seen anyway.
+    fn serve(&mut self) -> Result<(), DeviceError> {
+        let (mut served, mut untold) = (0, 0);
+        loop {
+            let taken = self.take_requests()?;
+            let handed = self.engine.submit();
+            let handed =
+                handed.map_err(|source| DeviceError::Host { action: "hand disk requests to the kernel", source })?;
+            self.take_completions()?;
+            let Some(Work { rings, memory }) = self.life.work() else { return Ok(()) };
+            let ring = &mut rings[0];
+            served += taken;
+            untold += taken;
+            let leave = !handed || served >= TURN;
+            if leave || taken == 0 || untold >= TOGETHER {
+                ring.signal_used(memory)?;
+                untold = 0;
+            }
+            if leave {
+                return ring.call_again();
+            }
+            // While there is no room for more, a completion is the event to wait for.
+            if taken == 0 && (self.pending.len() >= MOST_PENDING || ring.rest(memory)?) {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Takes requests from the ring and has the engine start them, as many as the host may work on at a time; returns
+    /// their number.
+    fn take_requests(&mut self) -> Result<usize, DeviceError> {
+        let Some(Work { rings, memory }) = self.life.work() else { return Ok(0) };
         let ring = &mut rings[0];
-        for turn in 0.. {
-            if turn == TURN {
-                ring.call_again()?;
-                break;
-            }
+        for taken in 0..TURN {
             // A driver that makes one buffer available twice has more requests than the ring has entries.
-            if self.pending.len() >= usize::from(QUEUE_SIZES[0]) {
-                break;
+            if self.pending.len() >= MOST_PENDING {
+                return Ok(taken);
             }
-            let Some(request) = ring.next(memory)? else { break };
-            let parsed = request::parse(&request, memory, self.capacity, self.read_only, &self.id)?;
-            let (answer, result) = match parsed {
-                Parsed::Answered(answer, status) => (answer, Some(status)),
+            let Some(request) = ring.pop(memory)? else { return Ok(taken) };
+            let (answer, status) = match request::parse(&request, memory, self.capacity, self.read_only, &self.id)? {
+                Parsed::Answered(answer, status) => (answer, status),
                 Parsed::Task(answer, task) => {
                     let number = self.next_number;
                     self.next_number = self.next_number.wrapping_add(1);
-                    match self.engine.start(number, task, &self.file) {
-                        Some(result) => (answer, Some(Status::of(&result))),
-                        None => {
-                            self.pending.insert(number, answer);
-                            continue;
-                        }
-                    }
+                    let Some(result) = self.engine.start(number, task, &self.file) else {
+                        self.pending.insert(number, answer);
+                        continue;
+                    };
+                    (answer, Status::of(&result))
                 }
             };
-            if let Some(status) = result {
-                ring.push_used(memory, answer.head, answer.finish(status))?;
-            }
+            ring.stage_used(memory, answer.head, answer.finish(status))?;
         }
-        let submitted = self.engine.submit();
-        ring.signal_used(memory)?;
-        submitted.map_err(|source| DeviceError::Host { action: "hand disk requests to the kernel", source })
+        Ok(TURN)
     }
 
-    /// Gives the guest the answers that the host has by now.
+    /// Shows the guest the answers that there are by now, without an interrupt.
     fn take_completions(&mut self) -> Result<(), DeviceError> {
         let Some(Work { rings, memory }) = self.life.work() else { return Ok(()) };
         let ring = &mut rings[0];
         for (number, result) in self.engine.completions(&self.file) {
             if let Some(answer) = self.pending.remove(&number) {
-                ring.push_used(memory, answer.head, answer.finish(Status::of(&result)))?;
+                ring.stage_used(memory, answer.head, answer.finish(Status::of(&result)))?;
             }
         }
-        ring.signal_used(memory)
+        ring.publish_used(memory)
     }
 
-    /// Waits until the host has answered all requests.
+    /// Waits until the host has answered all requests; a device that goes on comes back to those that it left.
     fn drain(&mut self) -> Result<(), DeviceError> {
+        if self.pending.len() >= MOST_PENDING
+            && let Some(work) = self.life.work()
+        {
+            work.rings[0].call_again()?;
+        }
         while !self.pending.is_empty() {
             self.engine
                 .wait()
                 .map_err(|source| DeviceError::Host { action: "wait for the disk's requests", source })?;
             self.take_completions()?;
         }
-        Ok(())
+        self.life.work().map_or(Ok(()), |Work { rings, memory }| rings[0].signal_used(memory))
     }
 
     /// Waits until the host works on no request any more, and answers none.
@@ -306,7 +335,7 @@ impl VirtioDevice for Blk {
     fn handle_event(&mut self, token: u32, _: EventSet, _: &mut dyn EventRegistry) -> Result<Outcome, DeviceError> {
         match token {
             TOKEN_RESIZE => return Ok(self.look_at_length()),
-            TOKEN_COMPLETION => self.take_completions()?,
+            TOKEN_COMPLETION => {}
             TOKEN_RING => {
                 if let Some(work) = self.life.work() {
                     work.rings[0].acknowledge_kick();
@@ -314,7 +343,7 @@ impl VirtioDevice for Blk {
             }
             _ => return Ok(Outcome::Done),
         }
-        self.take_requests()?;
+        self.serve()?;
         Ok(Outcome::Done)
     }
 

@@ -110,12 +110,22 @@ impl Ring {
         self.kick.write(1).map_err(|source| DeviceError::Host { action: "ring a doorbell", source })
     }
 
-    fn pop<'m>(&mut self, memory: &'m GuestRegions) -> Result<Option<Request<'m>>, DeviceError> {
+    /// The next request. When there is none the doorbell stays as it is: the device has yet to [`Self::rest`].
+    pub(crate) fn pop<'m>(&mut self, memory: &'m GuestRegions) -> Result<Option<Request<'m>>, DeviceError> {
         let limit = self.queue.size();
         match self.queue.iter(memory)?.next() {
             Some(chain) => Request::new(memory, chain, limit).map(Some),
             None => Ok(None),
         }
+    }
+
+    /// Has the doorbell ring for the next request; false when that one is there already, and the doorbell does not ring.
+    pub(crate) fn rest(&mut self, memory: &GuestRegions) -> Result<bool, DeviceError> {
+        let arrived = self.queue.enable_notification(memory)?;
+        if arrived {
+            self.queue.disable_notification(memory)?;
+        }
+        Ok(!arrived)
     }
 
     /// The next request; when there is none, the doorbell will ring for the next one.
@@ -125,11 +135,7 @@ impl Ring {
         if let Some(request) = self.pop(memory)? {
             return Ok(Some(request));
         }
-        if !self.queue.enable_notification(memory)? {
-            return Ok(None);
-        }
-        self.queue.disable_notification(memory)?;
-        self.pop(memory)
+        if self.rest(memory)? { Ok(None) } else { self.pop(memory) }
     }
 
     /// Puts the last popped request back, as if it had not been looked at.

@@ -7,7 +7,6 @@ use std::os::fd::{AsRawFd, RawFd};
 
 use io_uring::register::Restriction;
 use io_uring::{IoUring, opcode};
-use vmm_sys_util::eventfd::{EFD_CLOEXEC, EFD_NONBLOCK, EventFd};
 
 use super::task::{Operation, Task};
 
@@ -22,7 +21,6 @@ pub(super) enum Engine {
 /// A ring, and the tasks in it.
 pub(super) struct Background {
     ring: IoUring,
-    completed: EventFd,
     tasks: HashMap<u64, Task>,
     /// Tasks whose answers did not come from the ring.
     finished: Vec<(u64, io::Result<()>)>,
@@ -40,10 +38,11 @@ impl Engine {
         }
     }
 
-    /// Readable when there are completions.
+    /// Readable while there are completions: the ring itself, which costs no system call to make it so, and none where
+    /// they are taken before anybody waits for them.
     pub(super) fn event_fd(&self) -> Option<RawFd> {
         match self {
-            Self::Background(background) => Some(background.completed.as_raw_fd()),
+            Self::Background(background) => Some(background.ring.as_raw_fd()),
             Self::Immediate => None,
         }
     }
@@ -59,11 +58,11 @@ impl Engine {
         }
     }
 
-    /// Hands over to the kernel what was started.
-    pub(super) fn submit(&mut self) -> io::Result<()> {
+    /// Hands over to the kernel what was started; false when it is short of something, and wants to be asked again.
+    pub(super) fn submit(&mut self) -> io::Result<bool> {
         match self {
             Self::Background(background) => background.submit(),
-            Self::Immediate => Ok(()),
+            Self::Immediate => Ok(true),
         }
     }
 
@@ -98,13 +97,11 @@ impl Background {
     /// A ring that can do what disks need, and nothing else should the process be taken over.
     fn new(entries: u32) -> io::Result<Self> {
         let ring = IoUring::builder().setup_r_disabled().build(entries)?;
-        let completed = EventFd::new(EFD_NONBLOCK | EFD_CLOEXEC)?;
-        ring.submitter().register_eventfd(completed.as_raw_fd())?;
         let mut allowed = [opcode::Readv::CODE, opcode::Writev::CODE, opcode::Fsync::CODE, opcode::Fallocate::CODE]
             .map(Restriction::sqe_op);
         ring.submitter().register_restrictions(&mut allowed)?;
         ring.submitter().register_enable_rings()?;
-        Ok(Self { ring, completed, tasks: HashMap::new(), finished: Vec::new() })
+        Ok(Self { ring, tasks: HashMap::new(), finished: Vec::new() })
     }
 
     fn push(&mut self, number: u64, task: Task, file: &File) {
@@ -117,34 +114,22 @@ impl Background {
                 self.tasks.insert(number, task);
             }
             // There are as many entries as requests at a time, so this is for a kernel that did not take some earlier.
-            Err(_) => self.finish(number, task.run(file)),
+            Err(_) => self.finished.push((number, task.run(file))),
         }
     }
 
-    fn submit(&mut self) -> io::Result<()> {
+    fn submit(&mut self) -> io::Result<bool> {
         if self.ring.submission().is_empty() {
-            return Ok(());
+            return Ok(true);
         }
         match self.ring.submit() {
-            Ok(_) => Ok(()),
-            // The kernel is short of something for the moment: the event loop comes back.
-            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => {
-                self.completed.write(1)
-            }
+            Ok(_) => Ok(self.ring.submission().is_empty()),
+            Err(error) if matches!(error.raw_os_error(), Some(libc::EINTR | libc::EAGAIN | libc::EBUSY)) => Ok(false),
             Err(error) => Err(error),
         }
     }
 
-    fn finish(&mut self, number: u64, result: io::Result<()>) {
-        self.finished.push((number, result));
-        if let Err(error) = self.completed.write(1) {
-            tracing::warn!(%error, "a disk request is answered late");
-        }
-    }
-
     fn completions(&mut self, file: &File) -> Vec<(u64, io::Result<()>)> {
-        // Nothing to read is as good as read.
-        let _ = self.completed.read();
         let mut done = std::mem::take(&mut self.finished);
         for completion in self.ring.completion() {
             let number = completion.user_data();

@@ -339,6 +339,19 @@ fn requests_in_flight_are_finished_before_a_save_and_new_ones_served_after_it(#[
     assert_eq!(disk.harness.bytes(buffer), PATTERN[3 * 512..4 * 512]);
 }
 
+#[test]
+fn one_interrupt_tells_of_all_the_requests_of_one_ring_of_the_doorbell() {
+    let mut disk = Disk::new(By::Thread);
+    for sector in 0..20 {
+        let buffer = disk.harness.writable(512);
+        let segments = disk.segments(IN, sector, &[buffer]);
+        disk.harness.rings[0].add(&segments);
+    }
+    disk.harness.kick(0);
+    disk.harness.settle();
+    assert_eq!((disk.harness.rings[0].used_index(), disk.harness.interrupt.queue(0)), (20, 1));
+}
+
 #[rstest]
 fn a_reset_waits_for_the_host_and_the_device_works_again(#[values(By::Ring, By::Thread)] by: By) {
     let mut disk = Disk::new(by);
