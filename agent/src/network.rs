@@ -1,25 +1,21 @@
-//! The guest's network: links, addresses and routes by rtnetlink(7).
-//!
-//! Each request is answered by the kernel before send(2) returns, so plain blocking calls serve; they cost no event
-//! loop and no second copy of a netlink library.
+//! The guest's network: links, addresses, routes and neighbours by rtnetlink(7).
 
 use std::fs;
 use std::io;
 use std::net::IpAddr;
 
-use netlink_packet_core::{NLM_F_ACK, NLM_F_CREATE, NLM_F_REPLACE, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload};
-use netlink_packet_route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
-use netlink_packet_route::link::{LinkAttribute, LinkFlags, LinkMessage};
-use netlink_packet_route::route::{
-    RouteAddress, RouteAttribute, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
+use netlink::route::address::{AddressAttribute, AddressHeaderFlags, AddressMessage};
+use netlink::route::link::{LinkAttribute, LinkFlags, LinkMessage};
+use netlink::route::neighbour::{NeighbourAttribute, NeighbourMessage, NeighbourState};
+use netlink::route::route::{
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
-use netlink_packet_route::{AddressFamily, RouteNetlinkMessage};
-use netlink_sys::Socket;
-use netlink_sys::protocols::NETLINK_ROUTE;
-use protocols::agent::{Interface, Route};
+use netlink::route::{AddressFamily, RouteNetlinkMessage};
+use netlink::{Connection, NLM_F_CREATE, NLM_F_REPLACE};
+use protocols::agent::{Interface, Neighbour, Route};
 use ttrpc::Code;
 
-/// Interfaces, addresses of one interface, or routes that one Setup may bring.
+/// Interfaces, addresses of one interface, routes or neighbours that one Setup may bring.
 const LIMIT: usize = 4096;
 /// Longest name of an interface (linux/if.h, `IFNAMSIZ` without the zero byte).
 const NAME_LENGTH: usize = 15;
@@ -55,12 +51,14 @@ pub(crate) fn loopback_up() -> Result<()> {
 }
 
 /// Configures interfaces, then routes: those without a gateway first, since gateways are reached through them.
-pub(crate) fn configure(interfaces: &[Interface], routes: &[Route]) -> Result<()> {
+pub(crate) fn configure(interfaces: &[Interface], routes: &[Route], neighbours: &[Neighbour]) -> Result<()> {
     check_count("interfaces", interfaces.len())?;
     check_count("routes", routes.len())?;
+    check_count("neighbours", neighbours.len())?;
     interfaces.iter().try_for_each(configure_interface)?;
     let (direct, through): (Vec<_>, Vec<_>) = routes.iter().partition(|route| route.gateway.is_empty());
-    direct.into_iter().chain(through).try_for_each(add_route)
+    direct.into_iter().chain(through).try_for_each(add_route)?;
+    neighbours.iter().try_for_each(add_neighbour)
 }
 
 fn configure_interface(interface: &Interface) -> Result<()> {
@@ -123,37 +121,34 @@ fn route_message(route: &Route, index: u32) -> Result<RouteMessage> {
         protocol: RouteProtocol::Boot,
         scope: RouteScope::from(scope),
         kind: RouteType::Unicast,
+        flags: if route.onlink { RouteFlags::Onlink } else { RouteFlags::empty() },
         ..Default::default()
     };
     message.attributes.push(RouteAttribute::Oif(index));
     message.attributes.extend(destination.map(|(address, _)| RouteAttribute::Destination(RouteAddress::from(address))));
     message.attributes.extend(gateway.map(|address| RouteAttribute::Gateway(RouteAddress::from(address))));
     message.attributes.extend(source.map(|address| RouteAttribute::PrefSource(RouteAddress::from(address))));
+    message.attributes.extend((route.metric > 0).then_some(RouteAttribute::Priority(route.metric)));
     Ok(message)
 }
 
-/// Sends one request and reads its acknowledgement.
-fn request(message: RouteNetlinkMessage, flags: u16, what: &str) -> Result<()> {
-    let failed = |source| NetworkError::Kernel { what: what.to_owned(), source };
-    let mut packet = NetlinkMessage::from(message);
-    packet.header.flags = NLM_F_REQUEST | NLM_F_ACK | flags;
-    packet.finalize();
-    let mut bytes = vec![0; packet.buffer_len()];
-    packet.serialize(&mut bytes);
-    let answer = exchange(&bytes).map_err(failed)?;
-    let answer =
-        NetlinkMessage::<RouteNetlinkMessage>::deserialize(&answer).map_err(|e| failed(io::Error::other(e)))?;
-    match answer.payload {
-        NetlinkPayload::Error(error) if error.code.is_some() => Err(failed(error.to_io())),
-        _ => Ok(()),
-    }
+fn add_neighbour(neighbour: &Neighbour) -> Result<()> {
+    let address = parse_address("neighbour", &neighbour.address)?;
+    let mut message = NeighbourMessage::default();
+    message.header.family = family(address);
+    message.header.ifindex = link_index(&neighbour.interface)?;
+    message.header.state = NeighbourState::Permanent;
+    message.attributes = vec![
+        NeighbourAttribute::Destination(address.into()),
+        NeighbourAttribute::LinkLayerAddress(parse_mac(&neighbour.mac)?),
+    ];
+    let what = format!("add neighbour {} ({}) on {}", neighbour.address, neighbour.mac, neighbour.interface);
+    request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE, &what)
 }
 
-fn exchange(bytes: &[u8]) -> io::Result<Vec<u8>> {
-    let mut socket = Socket::new(NETLINK_ROUTE)?;
-    socket.bind_auto()?;
-    socket.send(bytes, 0)?;
-    socket.recv_from_full().map(|(answer, _)| answer)
+fn request(message: RouteNetlinkMessage, flags: u16, what: &str) -> Result<()> {
+    let done = Connection::open().and_then(|mut connection| connection.request(message, flags));
+    done.map_err(|source| NetworkError::Kernel { what: what.to_owned(), source })
 }
 
 struct Link {
@@ -208,6 +203,13 @@ fn parse_address(what: &'static str, text: &str) -> Result<IpAddr> {
     text.parse().map_err(|e| invalid(what, text, e))
 }
 
+fn parse_mac(text: &str) -> Result<Vec<u8>> {
+    let bytes: Option<Vec<u8>> = text.split(':').map(|byte| u8::from_str_radix(byte, 16).ok()).collect();
+    bytes
+        .filter(|bytes| bytes.len() == 6)
+        .ok_or_else(|| invalid("MAC address", text, "expected six bytes like 02:00:00:00:00:01"))
+}
+
 fn optional(text: &str) -> Option<&str> {
     (!text.is_empty()).then_some(text)
 }
@@ -243,6 +245,22 @@ mod tests {
         assert_eq!(message.header.destination_prefix_length, 16);
         assert!(route_message(&Route::default(), 2).is_err());
         assert!(route_message(&Route { scope: 256, ..v4 }, 2).is_err());
+    }
+
+    #[test]
+    fn a_route_may_have_a_gateway_that_no_address_leads_to_and_a_metric() {
+        let route = Route { gateway: "169.254.1.1".into(), onlink: true, metric: 42, ..Default::default() };
+        let message = route_message(&route, 2).expect("a default route");
+        assert_eq!(message.header.flags, RouteFlags::Onlink);
+        assert!(message.attributes.contains(&RouteAttribute::Priority(42)));
+    }
+
+    #[test]
+    fn hardware_addresses_are_six_bytes() {
+        assert_eq!(parse_mac("02:00:5e:10:ab:FF").ok(), Some(vec![2, 0, 0x5e, 0x10, 0xab, 0xff]));
+        for bad in ["", "02:00:5e:10:ab", "02:00:5e:10:ab:ff:00", "02:00:5e:10:ab:100", "0x:00:00:00:00:00"] {
+            assert!(parse_mac(bad).is_err(), "{bad:?} must be refused");
+        }
     }
 
     #[test]

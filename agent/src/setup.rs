@@ -34,7 +34,7 @@ impl Guest {
         add_entropy(&request.entropy)?;
         set_hostname(&request.hostname)?;
         write_resolv_conf(request.dns.as_ref())?;
-        network::configure(&request.interfaces, &request.routes)?;
+        network::configure(&request.interfaces, &request.routes, &request.neighbours)?;
         set_sysctls(request)?;
         self.storages.borrow_mut().add_storages(&request.storages)?;
         self.timeline.borrow_mut().stamp("setup done");

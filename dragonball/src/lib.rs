@@ -37,4 +37,5 @@ pub use machine::{StartError, start};
 pub use vcpu::mtrr::VcpuMemoryTypes;
 #[cfg(any(test, feature = "testing"))]
 pub use vfio::scene as host_device_scene;
+pub use virtio::net::TapError;
 pub use vm::{ExitReason, Vm};

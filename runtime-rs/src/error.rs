@@ -28,6 +28,18 @@ pub enum Error {
     /// A mount for the container.
     #[error(transparent)]
     Mount(#[from] crate::host::mount::MountError),
+    /// The pod's network.
+    #[error(transparent)]
+    Network(#[from] network::NetworkError),
+    /// An interface of the pod's network cannot be the machine's.
+    #[error("the interface {interface} of the pod's network cannot be joined to the virtual machine")]
+    Interface {
+        /// Its name in the pod's network namespace.
+        interface: String,
+        /// Why not.
+        #[source]
+        source: dragonball::TapError,
+    },
     /// The limits of containers and the size of the machine do not go together.
     #[error(transparent)]
     Size(#[from] crate::sizing::SizeError),
@@ -139,6 +151,10 @@ impl Error {
             Self::AlreadyExists(_) => Code::ALREADY_EXISTS,
             Self::Unsupported(_) => Code::UNIMPLEMENTED,
             Self::Mount(error) => error.code(),
+            Self::Network(network::NetworkError::OfHost { .. } | network::NetworkError::Namespace { .. }) => {
+                Code::INVALID_ARGUMENT
+            }
+            Self::Network(_) | Self::Interface { .. } => Code::INTERNAL,
             Self::Journal(_) | Self::Launch(_) | Self::Host { .. } => Code::INTERNAL,
         }
     }

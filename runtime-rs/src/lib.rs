@@ -13,6 +13,7 @@ pub mod error;
 pub mod host;
 pub mod info;
 pub mod machine;
+pub mod network;
 pub mod paths;
 pub mod pod;
 pub mod sizing;

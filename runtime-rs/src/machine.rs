@@ -7,8 +7,11 @@ use std::time::Duration;
 
 use config::Config;
 use dragonball::manage::Manager;
-use dragonball::{ConsoleOutput, DeviceConfig, FsConfig, MachineConfig, PmemConfig, VfioConfig, VsockConfig};
+use dragonball::{
+    ConsoleOutput, DeviceConfig, FsConfig, MachineConfig, NetConfig, PmemConfig, VfioConfig, VsockConfig,
+};
 
+use crate::network::Network;
 use crate::sizing::Range;
 
 pub use dragonball::ExitReason;
@@ -82,6 +85,8 @@ pub struct Blueprint {
     pub config: Config,
     /// The machine's size.
     pub size: Range,
+    /// The pod's network.
+    pub network: Network,
     /// Devices of the host that the machine starts with.
     pub devices: Vec<PathBuf>,
     /// Whether more of them may come.
@@ -107,6 +112,8 @@ pub struct Plan {
     pub devices: Vec<PathBuf>,
     /// Whether devices of the host can come later.
     pub devices_can_come: bool,
+    /// Network cards.
+    pub cards: Vec<NetConfig>,
     /// Directory that the containers share with the host.
     pub shared: PathBuf,
     /// Unix socket of the vsock device.
@@ -157,6 +164,7 @@ impl Plan {
             huge_pages: hypervisor.enable_hugepages,
             devices: blueprint.devices.clone(),
             devices_can_come: blueprint.devices_can_come,
+            cards: blueprint.network.cards.clone(),
             shared: shared.to_owned(),
             vsock: vsock.to_owned(),
             debug_console,
@@ -178,6 +186,7 @@ impl Launcher for Dragonball {
         config.vcpus_max = Some(max.vcpus);
         config.hot_plug = plan.size.vcpus_can_come() || plan.devices_can_come;
         config.vfio = plan.devices.iter().map(|path| vfio(path)).collect();
+        config.net.clone_from(&plan.cards);
         config.memory = boot.memory;
         config.memory_max = Some(max.memory);
         config.huge_pages = plan.huge_pages;

@@ -96,6 +96,17 @@ impl Role {
     }
 }
 
+/// Where a container's network is (runtime-spec, "Linux Namespaces").
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum NetworkPlace {
+    /// In a new namespace, in which there is nothing but loopback.
+    Own,
+    /// In the namespace of this file.
+    Path(PathBuf),
+    /// With the host: the specification names no namespace.
+    Host,
+}
+
 /// A specification as the bundle has it.
 #[derive(Debug)]
 pub struct Spec {
@@ -173,6 +184,20 @@ impl Spec {
     #[must_use]
     pub fn cgroups_path(&self) -> &str {
         self.fields.get("linux").and_then(|linux| linux.get("cgroupsPath")).and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The network namespace that it is to be in.
+    #[must_use]
+    pub fn network(&self) -> NetworkPlace {
+        let namespaces = self.fields.get("linux").and_then(|linux| linux.get("namespaces")).and_then(Value::as_array);
+        let is_network = |namespace: &&Value| namespace.get("type").and_then(Value::as_str) == Some("network");
+        match namespaces.into_iter().flatten().find(is_network) {
+            Some(namespace) => match namespace.get("path").and_then(Value::as_str) {
+                Some(path) if !path.is_empty() => NetworkPlace::Path(PathBuf::from(path)),
+                _ => NetworkPlace::Own,
+            },
+            None => NetworkPlace::Host,
+        }
     }
 
     /// The root file system on the host, for a container that comes without rootfs mounts.

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use network::NamespaceId;
 use nix::mount::{MntFlags, umount2};
 use serde::{Deserialize, Serialize};
 
@@ -37,6 +38,15 @@ pub enum Effect {
         /// Absolute path below the cgroup mount.
         path: PathBuf,
     },
+    /// Packets that an interface of a network namespace receives go to a tap.
+    Redirection {
+        /// The namespace's file.
+        namespace: PathBuf,
+        /// Which namespace that was: the file may be another's by the time of undoing.
+        id: NamespaceId,
+        /// The interface's name.
+        interface: String,
+    },
     /// A running process, named so that a later process with the same number is not mistaken for it.
     Process {
         /// Number and start time.
@@ -56,6 +66,15 @@ pub enum UndoError {
         /// What the kernel said.
         source: std::io::Error,
     },
+    /// A network namespace did not give back what it was given.
+    #[error("could not undo {effect:?}; end whatever still uses the namespace and delete the container again")]
+    Network {
+        /// What still stands.
+        effect: Effect,
+        /// What was refused.
+        #[source]
+        source: network::NetworkError,
+    },
 }
 
 impl Effect {
@@ -63,9 +82,13 @@ impl Effect {
     ///
     /// # Errors
     ///
-    /// [`UndoError::Refused`] with the kernel's answer.
+    /// [`UndoError`] with the kernel's answer.
     pub fn undo(&self) -> Result<(), UndoError> {
         let result = match self {
+            Self::Redirection { namespace, id, interface } => {
+                let parted = network::part(namespace, *id, interface);
+                return parted.map_err(|source| UndoError::Network { effect: self.clone(), source });
+            }
             Self::Mount { target } => unmount(target),
             Self::Directory { path } => std::fs::remove_dir(path),
             Self::Tree { path } => tree::remove(path),

@@ -25,6 +25,7 @@ use crate::host::blocking;
 use crate::host::cgroup::PodCgroup;
 use crate::host::share::{self, Share};
 use crate::machine::Blueprint;
+use crate::network::Network;
 use crate::paths;
 use crate::sizing::{Demand, Host, Range};
 use crate::spec::{Bind, GuestSpec, Passed, Role, Spec};
@@ -135,6 +136,7 @@ async fn found(
 ) -> Result<Blueprint, Error> {
     let pod = Arc::clone(pod);
     let (cgroups_path, annotations, hostname) = (spec.cgroups_path().to_owned(), spec.annotations(), hostname(spec));
+    let place = spec.network();
     blocking::run("found", move || {
         let (mut config, _) = Config::load(config.as_deref())?;
         config.annotate(&annotations).map_err(config::ConfigError::from)?;
@@ -148,7 +150,9 @@ async fn found(
         if config.hypervisor.enable_debug {
             pod.journal.record(Effect::File { path: pod.paths.console() })?;
         }
-        Ok(Blueprint { config, size, hostname, devices: Vec::new(), devices_can_come: false })
+        let network = Network::join(&place, &pod.journal)?;
+        pod.stamp("network joined");
+        Ok(Blueprint { config, size, hostname, network, devices: Vec::new(), devices_can_come: false })
     })
     .await?
 }

@@ -23,6 +23,7 @@ use super::resize::Resizer;
 use crate::error::Error;
 use crate::host::blocking;
 use crate::machine::{Blueprint, ExitReason, Machine, Plan};
+use crate::network::Network;
 
 /// The agent mounts one file system and sets a few files and sysctls.
 const SETUP_DEADLINE: Duration = Duration::from_secs(30);
@@ -66,7 +67,7 @@ impl Sandbox {
     ///
     /// [`Error::Launch`], [`Error::GuestEnded`], [`Error::GuestHangs`], or the agent's answer. The machine has ended then.
     pub async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Self, Error> {
-        let Blueprint { config, size, hostname, .. } = blueprint;
+        let Blueprint { config, size, hostname, network, .. } = blueprint;
         let listeners = listen(pod)?;
         let console = config.hypervisor.enable_debug.then(|| pod.paths.console());
         let plan = Plan::new(blueprint, &pod.paths.vsock(), &pod.paths.shared(), console);
@@ -100,7 +101,7 @@ impl Sandbox {
             agent,
             create_timeout,
         };
-        let setup = sandbox.setup(pod, hostname);
+        let setup = sandbox.setup(pod, hostname, network);
         tokio::select! {
             done = setup => done?,
             _ = sandbox.exit.readable() => return Err(ended(&*sandbox.machine)),
@@ -108,13 +109,16 @@ impl Sandbox {
         Ok(sandbox)
     }
 
-    async fn setup(&self, pod: &Pod, hostname: &str) -> Result<(), Error> {
+    async fn setup(&self, pod: &Pod, hostname: &str, network: &Network) -> Result<(), Error> {
         let mut entropy = vec![0; ENTROPY];
         fill_random(&mut entropy)?;
         let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let request = SetupRequest {
             sandbox_id: pod.id.clone(),
             hostname: hostname.to_owned(),
+            interfaces: network.interfaces.clone(),
+            routes: network.routes.clone(),
+            neighbours: network.neighbours.clone(),
             storages: vec![Storage {
                 fstype: "virtiofs".to_owned(),
                 source: SHARED_TAG.to_owned(),

@@ -26,6 +26,23 @@ fn assert_rewrites<const N: usize>(cases: [Case; N]) {
 }
 
 #[test]
+fn the_network_is_where_the_specification_says() {
+    let network = |namespaces: Value| {
+        let fields = json!({"linux": {"namespaces": namespaces}});
+        let Value::Object(fields) = fields else { unreachable!("just made an object") };
+        Spec { fields, bundle: PathBuf::new() }.network()
+    };
+    let path = json!([{"type": "pid"}, {"type": "network", "path": "/run/netns/a"}]);
+    assert_eq!(network(path), NetworkPlace::Path("/run/netns/a".into()));
+    for own in [json!([{"type": "network"}]), json!([{"type": "network", "path": ""}])] {
+        assert_eq!(network(own), NetworkPlace::Own);
+    }
+    for host in [json!([{"type": "pid", "path": "/x"}]), json!([]), json!(null)] {
+        assert_eq!(network(host), NetworkPlace::Host);
+    }
+}
+
+#[test]
 fn namespaces_of_the_host_are_dropped_and_own_ones_are_kept() {
     assert_rewrites([
         (

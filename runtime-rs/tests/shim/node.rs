@@ -98,7 +98,7 @@ impl Node {
         fs::write(self.path("configuration.toml"), whole).unwrap();
     }
 
-    /// A bundle whose process is `arguments`; `extra` is merged into its specification.
+    /// A bundle whose process is `arguments`; `extra` is merged into its specification, and what it says of Linux into that.
     pub(crate) fn bundle(&self, id: &str, arguments: &[&str], extra: Value) -> PathBuf {
         let bundle = self.path(&format!("bundle-{id}"));
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
@@ -108,10 +108,15 @@ impl Node {
             "process": {"args": arguments, "cwd": "/"},
             "root": {"path": "rootfs"},
             "mounts": [],
-            "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}]},
+            "linux": {"namespaces": [{"type": "pid"}, {"type": "mount"}, {"type": "network"}]},
         });
         for (key, value) in extra.as_object().into_iter().flatten() {
-            spec[key] = value.clone();
+            match (key.as_str(), value.as_object()) {
+                ("linux", Some(linux)) => {
+                    linux.iter().for_each(|(key, value)| spec["linux"][key] = value.clone());
+                }
+                _ => spec[key] = value.clone(),
+            }
         }
         fs::write(bundle.join("config.json"), spec.to_string()).unwrap();
         mkfifo(&bundle.join("log"), Mode::S_IRUSR | Mode::S_IWUSR).unwrap();

@@ -8,6 +8,7 @@ mod exec;
 mod exit;
 mod leftover;
 mod many;
+mod network;
 mod sizes;
 mod stdio;
 mod tasks;
@@ -25,6 +26,7 @@ pub fn all() -> Vec<Case> {
         exec::CASES,
         tasks::CASES,
         sizes::CASES,
+        network::CASES,
         leftover::CASES,
         bad_input::CASES,
         bad_guest::CASES,

@@ -92,7 +92,7 @@ pub(super) fn open(source: &TapSource, mtu: Option<u16>) -> Result<Opened, TapEr
 fn open_name(name: &str, queues: u16, mtu: Option<u16>) -> Result<(Vec<Tap>, Option<u16>), TapError> {
     let is_new = nix::net::if_::if_nametoindex(name).is_err();
     let many = if queues > 1 { libc::IFF_MULTI_QUEUE } else { 0 };
-    let attach = |flags| (0..queues).map(|_| attach(name, FLAGS | flags)).collect::<Result<Vec<_>, _>>();
+    let attach = |flags| (0..queues).map(|_| Ok(attach(name, FLAGS | flags)?.0)).collect::<Result<Vec<_>, _>>();
     let taps = match attach(many) {
         // An interface of many queues takes no single one, but does take one of its queues.
         Err(Refusal::Interface(error)) if many == 0 && error.raw_os_error() == Some(libc::EINVAL) => {
@@ -100,10 +100,7 @@ fn open_name(name: &str, queues: u16, mtu: Option<u16>) -> Result<(Vec<Tap>, Opt
         }
         result => result,
     };
-    let taps = taps.map_err(|refusal| match refusal {
-        Refusal::CloneDevice(source) => TapError::CloneDevice(source),
-        Refusal::Interface(source) => TapError::Attach { name: name.to_owned(), queues, source },
-    })?;
+    let taps = taps.map_err(|refusal: Refusal| refusal.into_error(name, queues))?;
     let setup = |action| move |source| TapError::Setup { action, name: name.to_owned(), source };
     let interface = Interface::new(name).map_err(setup("examine"))?;
     if is_new {
@@ -113,12 +110,42 @@ fn open_name(name: &str, queues: u16, mtu: Option<u16>) -> Result<(Vec<Tap>, Opt
     Ok((taps, u16::try_from(mtu).ok()))
 }
 
+impl TapDescriptors {
+    /// Makes a tap interface with `queues` queue pairs in the network namespace of this thread, and attaches to it; answers
+    /// its name, too. In `pattern` the kernel replaces `%d` by the first number that makes a new name. The interface is
+    /// gone when the descriptors are.
+    ///
+    /// # Errors
+    /// [`TapError::CloneDevice`] and [`TapError::Attach`].
+    pub fn make(pattern: &str, queues: u16) -> Result<(Self, String), TapError> {
+        let flags = if queues > 1 { FLAGS | libc::IFF_MULTI_QUEUE } else { FLAGS };
+        let mut name = pattern.to_owned();
+        let mut descriptors = Vec::new();
+        for _ in 0..queues {
+            let (Tap(descriptor), made) = attach(&name, flags).map_err(|refusal| refusal.into_error(&name, queues))?;
+            descriptors.push(descriptor);
+            name = made;
+        }
+        Ok((Self::new(descriptors), name))
+    }
+}
+
 enum Refusal {
     CloneDevice(io::Error),
     Interface(io::Error),
 }
 
-fn attach(name: &str, flags: libc::c_int) -> Result<Tap, Refusal> {
+impl Refusal {
+    fn into_error(self, name: &str, queues: u16) -> TapError {
+        match self {
+            Self::CloneDevice(source) => TapError::CloneDevice(source),
+            Self::Interface(source) => TapError::Attach { name: name.to_owned(), queues, source },
+        }
+    }
+}
+
+/// Returns the name as the kernel made it, too.
+fn attach(name: &str, flags: libc::c_int) -> Result<(Tap, String), Refusal> {
     let file = File::options()
         .read(true)
         .write(true)
@@ -126,8 +153,10 @@ fn attach(name: &str, flags: libc::c_int) -> Result<Tap, Refusal> {
         .open(CLONE_DEVICE)
         .map_err(Refusal::CloneDevice)?;
     let tap = Tap(file.into());
-    tap.ioctl(libc::TUNSETIFF, &mut request(name, flags)).map_err(Refusal::Interface)?;
-    Ok(tap)
+    let mut request = request(name, flags);
+    tap.ioctl(libc::TUNSETIFF, &mut request).map_err(Refusal::Interface)?;
+    let name = request.ifr_name.iter().map(|byte| byte.cast_unsigned()).take_while(|byte| *byte != 0).collect();
+    Ok((tap, String::from_utf8(name).unwrap_or_default()))
 }
 
 /// Own descriptors of taps that somebody else has opened.

@@ -1,0 +1,57 @@
+//! A pod's network namespace joined to its virtual machine.
+//!
+//! Whoever made the pod (a CNI plugin, docker) has put interfaces with addresses and routes into a network namespace. The
+//! machine gets a card for each of them, with the same hardware address, and the guest the addresses and routes
+//! ([`Scan`]). Between card and interface lies a tap in the namespace: all that the interface receives is redirected to
+//! the tap and the other way round, by the traffic control of the kernel (tc-mirred(8)). So the namespace stays as its
+//! maker left it, with every packet taken off before its own stack sees it, and no bridge learns addresses.
+
+mod join;
+mod namespace;
+mod scan;
+
+pub use join::part;
+pub use namespace::{Namespace, NamespaceId};
+pub use scan::{Interface, Neighbour, Route, Scan};
+
+use std::io;
+use std::path::PathBuf;
+
+/// Why a pod has no network.
+#[derive(Debug, thiserror::Error)]
+pub enum NetworkError {
+    /// The file is gone, or is none of a network namespace.
+    #[error("cannot enter the network namespace {path}: check that it was made and is still there")]
+    Namespace {
+        /// Its file.
+        path: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// The pod would take the host's interfaces from the host.
+    #[error(
+        "{path} is the host's network namespace: a virtual machine cannot share it; give the pod a network of its own (no \
+         hostNetwork, no --net-host)"
+    )]
+    OfHost {
+        /// Its file.
+        path: PathBuf,
+    },
+    /// The kernel refused a step.
+    #[error("cannot {what}")]
+    Kernel {
+        /// The step.
+        what: String,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+}
+
+impl NetworkError {
+    fn kernel(what: impl Into<String>) -> impl FnOnce(io::Error) -> Self {
+        let what = what.into();
+        move |source| Self::Kernel { what, source }
+    }
+}

@@ -1,0 +1,169 @@
+//! The pod's network: the interfaces of its namespace become cards of the machine.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use dragonball::{MacAddress, NetConfig, TapDescriptors, TapSource, VhostMode};
+use journal::{Effect, Journal};
+use network::{Interface, Namespace, Scan};
+use protocols::agent;
+
+use crate::error::Error;
+use crate::spec::NetworkPlace;
+
+/// Name of the taps in the pod's namespace; the kernel counts them.
+const TAP_PATTERN: &str = "tap%d_kata";
+
+/// What a specification without a network namespace is told.
+const HOST: &str = "the specification asks for the host's network namespace: a virtual machine cannot share it; give the \
+                    pod a network of its own (no hostNetwork, no --net-host)";
+
+/// What machine and guest get.
+#[derive(Debug, Clone, Default)]
+pub struct Network {
+    /// One for each interface.
+    pub cards: Vec<NetConfig>,
+    /// The interfaces as the guest is to have them.
+    pub interfaces: Vec<agent::Interface>,
+    /// The routes over them.
+    pub routes: Vec<agent::Route>,
+    /// The neighbours behind them.
+    pub neighbours: Vec<agent::Neighbour>,
+}
+
+impl Network {
+    /// Joins the interfaces of `place` to taps; the taps last as long as this value and the cards that are made of it.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Network`], [`Error::Interface`], [`Error::Journal`].
+    pub fn join(place: &NetworkPlace, journal: &Journal) -> Result<Self, Error> {
+        let path = match place {
+            NetworkPlace::Own => return Ok(Self::default()),
+            NetworkPlace::Path(path) => path,
+            NetworkPlace::Host => return Err(Error::Invalid(HOST.to_owned())),
+        };
+        let mut namespace = Namespace::open(path)?;
+        let scan = namespace.scan()?;
+        let mut cards = Vec::new();
+        for interface in &scan.interfaces {
+            cards.push(card(&mut namespace, path, interface, journal)?);
+        }
+        Ok(Self { cards, ..Self::of(&scan) })
+    }
+
+    /// What the guest is told of `scan`.
+    fn of(scan: &Scan) -> Self {
+        let cidr = |(address, prefix): &(std::net::IpAddr, u8)| format!("{address}/{prefix}");
+        let interfaces = scan.interfaces.iter().map(|interface| agent::Interface {
+            mac: mac_text(interface.mac),
+            name: interface.name.clone(),
+            addresses: interface.addresses.iter().map(cidr).collect(),
+            mtu: interface.mtu,
+            ..agent::Interface::default()
+        });
+        let text = |address: Option<std::net::IpAddr>| address.map(|address| address.to_string()).unwrap_or_default();
+        let routes = scan.routes.iter().map(|route| agent::Route {
+            destination: route.destination.as_ref().map(cidr).unwrap_or_default(),
+            gateway: text(route.gateway),
+            interface: route.interface.clone(),
+            scope: u32::from(route.scope),
+            source: text(route.source),
+            onlink: route.onlink,
+            metric: route.metric,
+            ..agent::Route::default()
+        });
+        let neighbours = scan.neighbours.iter().map(|neighbour| agent::Neighbour {
+            address: neighbour.address.to_string(),
+            mac: mac_text(neighbour.mac),
+            interface: neighbour.interface.clone(),
+            ..agent::Neighbour::default()
+        });
+        Self {
+            cards: Vec::new(),
+            interfaces: interfaces.collect(),
+            routes: routes.collect(),
+            neighbours: neighbours.collect(),
+        }
+    }
+}
+
+/// A card with the hardware address of `interface`, over a tap that is joined to it.
+fn card(namespace: &mut Namespace, path: &Path, interface: &Interface, journal: &Journal) -> Result<NetConfig, Error> {
+    let made = || TapDescriptors::make(TAP_PATTERN, 1).map_err(|source| refused(interface, source));
+    let (descriptors, tap) = namespace.within(made)?;
+    journal.record(Effect::Redirection {
+        namespace: path.to_owned(),
+        id: namespace.id(),
+        interface: interface.name.clone(),
+    })?;
+    namespace.join(interface, &tap)?;
+    Ok(NetConfig {
+        tap: TapSource::Descriptors(descriptors),
+        mac: MacAddress::new(interface.mac).ok(),
+        mtu: u16::try_from(interface.mtu).ok(),
+        vhost: VhostMode::default(),
+    })
+}
+
+fn refused(interface: &Interface, source: dragonball::TapError) -> Error {
+    Error::Interface { interface: interface.name.clone(), source }
+}
+
+fn mac_text(bytes: [u8; 6]) -> String {
+    bytes.iter().enumerate().fold(String::new(), |mut text, (at, byte)| {
+        // Writing to a string does not fail.
+        let _ = write!(text, "{}{byte:02x}", if at == 0 { "" } else { ":" });
+        text
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use network::{Neighbour, Route};
+
+    use super::*;
+
+    #[test]
+    fn the_guest_is_told_all_that_was_found() {
+        let interface = Interface {
+            index: 3,
+            name: "eth0".to_owned(),
+            mac: [2, 0, 0, 0, 9, 0xab],
+            mtu: 1400,
+            addresses: vec![("10.9.0.2".parse().unwrap(), 24), ("fd00::2".parse().unwrap(), 64)],
+        };
+        let gateway = Some("169.254.1.1".parse().unwrap());
+        let default = Route { gateway, interface: "eth0".to_owned(), onlink: true, metric: 7, ..Route::default() };
+        let link = Route { destination: Some(("10.1.0.0".parse().unwrap(), 16)), scope: 253, ..default.clone() };
+        let neighbour = Neighbour {
+            address: "169.254.1.1".parse().unwrap(),
+            mac: [2, 0, 0, 0, 9, 1],
+            interface: "eth0".to_owned(),
+        };
+        let scan = Scan { interfaces: vec![interface], routes: vec![default, link], neighbours: vec![neighbour] };
+        let network = Network::of(&scan);
+        assert_eq!(network.interfaces[0].mac, "02:00:00:00:09:ab");
+        assert_eq!(network.interfaces[0].addresses, ["10.9.0.2/24", "fd00::2/64"]);
+        assert_eq!((network.interfaces[0].name.as_str(), network.interfaces[0].mtu), ("eth0", 1400));
+        let [default, link] = &network.routes[..] else { panic!("{:?}", network.routes) };
+        assert_eq!((default.destination.as_str(), default.gateway.as_str()), ("", "169.254.1.1"));
+        assert!(default.onlink && default.metric == 7 && default.interface == "eth0");
+        assert_eq!((link.destination.as_str(), link.scope), ("10.1.0.0/16", 253));
+        assert_eq!(
+            (network.neighbours[0].address.as_str(), network.neighbours[0].mac.as_str()),
+            ("169.254.1.1", "02:00:00:00:09:01")
+        );
+    }
+
+    #[test]
+    fn a_pod_with_a_namespace_of_its_own_has_no_card_and_one_with_the_host_s_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let journal = Journal::create(&directory.path().join("journal")).unwrap();
+        let own = Network::join(&NetworkPlace::Own, &journal).unwrap();
+        assert!(own.cards.is_empty() && own.interfaces.is_empty());
+        let host = Network::join(&NetworkPlace::Host, &journal).unwrap_err();
+        assert_eq!(host.code(), protocols::containerd::ttrpc::Code::INVALID_ARGUMENT);
+        assert!(host.to_string().contains("hostNetwork"), "{host}");
+    }
+}
