@@ -81,17 +81,17 @@ fn a_guest_grows_shrinks_and_gives_back_what_it_does_not_use() {
     let used = resident();
     assert!(used >= idle + 1100 * MIB, "{} MiB from {} MiB", used / MIB, idle / MIB);
     let balloon = guest.vm.balloon().unwrap();
-    let before = balloon.state().discarded;
+    let mut state = balloon.state();
     guest.run("rm /tmp/file");
-    let state = balloon.wait(deadline(), |state| state.discarded >= before + 1000 * MIB);
-    let freed = resident();
-    println!("resident: idle {} MiB, used {} MiB, freed {} MiB", idle / MIB, used / MIB, freed / MIB);
-    assert!(
-        freed + 900 * MIB <= used,
-        "{} MiB after {} MiB were reported",
-        freed / MIB,
-        (state.discarded - before) / MIB
-    );
+    // The guest may still be reporting what it never used: that gives nothing back, so what counts is what the host sees.
+    let until = deadline();
+    while resident() + 900 * MIB > used {
+        let reported = state.discarded;
+        state = balloon.wait(until, |state| state.discarded > reported);
+        let left = resident() / MIB;
+        assert!(state.discarded > reported, "{left} MiB of {} MiB are left, and no more is reported", used / MIB);
+    }
+    println!("resident: idle {} MiB, used {} MiB, freed {} MiB", idle / MIB, used / MIB, resident() / MIB);
 
     // Used memory is moved, not lost: the sum stays the same.
     guest.run("dd if=/dev/urandom of=/tmp/file bs=1M count=100 2>/dev/null");
