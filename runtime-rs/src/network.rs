@@ -1,6 +1,5 @@
 //! The pod's network: the interfaces of its namespace become cards of the machine.
 
-use std::fmt::Write as _;
 use std::path::Path;
 
 use dragonball::{MacAddress, NetConfig, TapDescriptors, TapSource, VhostMode};
@@ -111,11 +110,7 @@ fn refused(interface: &Interface, source: dragonball::TapError) -> Error {
 }
 
 fn mac_text(bytes: [u8; 6]) -> String {
-    bytes.iter().enumerate().fold(String::new(), |mut text, (at, byte)| {
-        // Writing to a string does not fail.
-        let _ = write!(text, "{}{byte:02x}", if at == 0 { "" } else { ":" });
-        text
-    })
+    bytes.map(|byte| format!("{byte:02x}")).join(":")
 }
 
 #[cfg(test)]

@@ -167,9 +167,8 @@ impl Blk {
         let (mut served, mut untold) = (0, 0);
         loop {
             let taken = self.take_requests()?;
-            let handed = self.engine.submit();
-            let handed =
-                handed.map_err(|source| DeviceError::Host { action: "hand disk requests to the kernel", source })?;
+            let failed = |source| DeviceError::Host { action: "hand disk requests to the kernel", source };
+            let handed = self.engine.submit().map_err(failed)?;
             self.take_completions()?;
             let Some(Work { rings, memory }) = self.life.work() else { return Ok(()) };
             let ring = &mut rings[0];

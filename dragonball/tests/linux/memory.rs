@@ -81,8 +81,9 @@ fn a_guest_grows_shrinks_and_gives_back_what_it_does_not_use() {
     let used = resident();
     assert!(used >= idle + 1100 * MIB, "{} MiB from {} MiB", used / MIB, idle / MIB);
     let balloon = guest.vm.balloon().unwrap();
-    let mut state = balloon.state();
+    let before = balloon.state().discarded;
     guest.run("rm /tmp/file");
+    let mut state = balloon.wait(deadline(), |state| state.discarded >= before + 1000 * MIB);
     // The guest may still be reporting what it never used: that gives nothing back, so what counts is what the host sees.
     let until = deadline();
     while resident() + 900 * MIB > used {

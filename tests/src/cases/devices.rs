@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, Result, ensure};
 
-use super::crash;
+use super::{crash, strings};
 use crate::context::{BUSYBOX, Context};
 use crate::ctr::Container;
 use crate::harness::Case;
@@ -63,10 +63,6 @@ fn driver_options(program: &Path) -> Vec<String> {
     ["--mount", &program, "--mount", sysfs, "--cap-add", "CAP_SYS_ADMIN", "--cap-add", "CAP_IPC_LOCK"]
         .map(str::to_owned)
         .to_vec()
-}
-
-fn strings(options: &[String]) -> Vec<&str> {
-    options.iter().map(String::as_str).collect()
 }
 
 fn alone(context: &Context) -> Result<()> {

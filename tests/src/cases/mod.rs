@@ -37,6 +37,11 @@ pub fn all() -> Vec<Case> {
     .concat()
 }
 
+/// Options as `ctr` commands take them.
+fn strings(options: &[String]) -> Vec<&str> {
+    options.iter().map(String::as_str).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;

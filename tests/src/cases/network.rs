@@ -7,7 +7,7 @@ use std::process::Command;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-use super::crash;
+use super::{crash, strings};
 use crate::context::{BUSYBOX, Context};
 use crate::ctr::Container;
 use crate::event::readable;
@@ -40,8 +40,9 @@ struct PodNetwork(&'static str);
 impl PodNetwork {
     fn new() -> Result<Self> {
         let network = Self("tatami-case");
-        ip("netns add tatami-case")?;
-        ip("link add host78 mtu 1420 address 02:00:00:00:78:01 type veth peer name eth0 mtu 1420 netns tatami-case")?;
+        ip(&format!("netns add {}", network.0))?;
+        let peer = "type veth peer name eth0";
+        ip(&format!("link add host78 mtu {MTU} address {HOST_MAC} {peer} mtu {MTU} netns {}", network.0))?;
         ip(&format!("addr add {HOST}/24 dev host78"))?;
         ip(&format!("-6 addr add {HOST6}/64 dev host78 nodad"))?;
         ip("link set host78 up")?;
@@ -102,10 +103,6 @@ fn run(command: &mut Command) -> Result<String> {
         bail!("{command:?} failed: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     Ok(String::from_utf8_lossy(&output.stdout).into_owned())
-}
-
-fn strings(options: &[String]) -> Vec<&str> {
-    options.iter().map(String::as_str).collect()
 }
 
 fn in_container(container: &Container<'_>, name: &str, script: &str) -> Result<String> {
