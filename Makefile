@@ -12,9 +12,9 @@ FUZZ_SECONDS ?= 60
 
 # Debian packages that the builds need (the lab and the kernel's sources bring their own).
 PACKAGES := acpica-tools bc bison build-essential busybox-static cpio e2fsprogs erofs-utils flex kmod libelf-dev \
-            libseccomp-dev libssl-dev mmdebstrap python3 rsync xz-utils zstd
+            libseccomp-dev libssl-dev mmdebstrap protobuf-compiler python3 rsync xz-utils zstd
 
-.PHONY: help deps build dist images run test lint deny unit guests growth memory-types test-vfio vfio-guests passthrough suites bench fuzz install clean
+.PHONY: help deps build dist images run test lint deny unit guests growth memory-types test-vfio vfio-guests passthrough suites pods bench fuzz install uninstall clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -47,6 +47,7 @@ dist: build ## Stage what a node gets, under target/dist
 images: build ## Make the OCI archives of the demonstration and the suites
 	mkdir -p $(IMAGES)
 	$(OUT)/rootfs-builder oci --image busybox --output $(IMAGES)/busybox.tar
+	$(OUT)/rootfs-builder oci --image pause --output $(IMAGES)/pause.tar
 	$(OUT)/rootfs-builder oci --image debian --output $(IMAGES)/debian.tar
 
 run: dist images ## Run real OCI images in VMs of ours, and show output and a boot timeline
@@ -124,8 +125,11 @@ growth: build ## Resize a Linux guest under load, GROWTH_ROUNDS times, in a lab 
 	$(call run-linux,--report target/growth --filter growth --kernel target/kernel/vmlinux --memory 6144 \
 	    --rounds $(GROWTH_ROUNDS))
 
-suites: dist images guests ## Small guests, and end-to-end suites against containerd 1.7 and 2.1
-	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/suites
+suites: dist images guests ## Small guests, and end-to-end suites and pods against containerd 1.7 and 2.1
+	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/suites --pods
+
+pods: dist images ## Pods as a kubelet makes them, by the CRI of containerd 1.7 and 2.1
+	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/pods --pods --filter cri:
 
 bench: ## Measure what the project promises; report in target/bench
 	$(MAKE) dist images PROFILE=release DIST=$(CURDIR)/target/dist-release
@@ -145,9 +149,15 @@ fuzz: deps ## Fuzz what faces the guest, FUZZ_SECONDS each (nightly Rust)
 	    else echo "fuzz TARGET: failed, see target/fuzz/TARGET.log"; tail -n 20 ../target/fuzz/TARGET.log; exit 1; fi'
 
 # Running pods have the old kernel and image mapped: files are replaced, never written into.
-install: ## Install on this machine (DESTDIR is honoured)
+PREFIX ?= /usr
+INSTALL := DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' CONTAINERD='$(CONTAINERD)' FORCE='$(FORCE)' deploy/install.sh
+
+install: ## Install on this machine; DESTDIR and PREFIX are honoured, CONTAINERD=1 tells containerd, too
 	$(MAKE) dist PROFILE=release DIST=$(CURDIR)/target/dist-release
-	cp -a --remove-destination target/dist-release/. $(DESTDIR)/
+	DIST=$(CURDIR)/target/dist-release $(INSTALL) install
+
+uninstall: ## Take back what `install` did, with the same DESTDIR and PREFIX
+	$(INSTALL) uninstall
 
 clean: ## Remove what was built here; the cache (~/.cache/tatami) stays
 	cargo clean

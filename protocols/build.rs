@@ -7,7 +7,7 @@ fn main() -> std::io::Result<()> {
     let out = std::path::PathBuf::from(std::env::var_os("OUT_DIR").ok_or_else(|| std::io::Error::other("OUT_DIR"))?);
     Codegen::new()
         .out_dir(&out)
-        .input("proto/agent.proto")
+        .inputs(["proto/agent.proto", "proto/cri.proto"])
         .include("proto")
         .rust_protobuf()
         .rust_protobuf_customize(ProtobufCustomize::default().gen_mod_rs(true))

@@ -23,7 +23,11 @@ struct GuestMount {
     optional: bool,
 }
 
-const RESTRICTED: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV).union(MsFlags::MS_NOEXEC);
+/// POSIX shared memory of all containers (shm_overview(7)).
+pub(crate) const SHARED_MEMORY: &str = "/dev/shm";
+
+pub(crate) const NO_DEVICES: MsFlags = MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV);
+const RESTRICTED: MsFlags = NO_DEVICES.union(MsFlags::MS_NOEXEC);
 
 /// In the order in which they are mounted. Their targets are in the guest image or in a file system mounted before.
 const MOUNTS: &[GuestMount] = &[
@@ -37,28 +41,10 @@ const MOUNTS: &[GuestMount] = &[
         data: "mode=0620,ptmxmode=0666,gid=5",
         optional: false,
     },
-    GuestMount {
-        fstype: "tmpfs",
-        target: "/dev/shm",
-        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV),
-        data: "mode=1777",
-        optional: false,
-    },
+    GuestMount { fstype: "tmpfs", target: SHARED_MEMORY, flags: NO_DEVICES, data: "mode=1777", optional: false },
     GuestMount { fstype: "mqueue", target: "/dev/mqueue", flags: RESTRICTED, data: "", optional: true },
-    GuestMount {
-        fstype: "tmpfs",
-        target: "/run",
-        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV),
-        data: "mode=0755",
-        optional: false,
-    },
-    GuestMount {
-        fstype: "tmpfs",
-        target: "/tmp",
-        flags: MsFlags::MS_NOSUID.union(MsFlags::MS_NODEV),
-        data: "mode=1777",
-        optional: false,
-    },
+    GuestMount { fstype: "tmpfs", target: "/run", flags: NO_DEVICES, data: "mode=0755", optional: false },
+    GuestMount { fstype: "tmpfs", target: "/tmp", flags: NO_DEVICES, data: "mode=1777", optional: false },
     GuestMount { fstype: "cgroup2", target: CGROUP_ROOT, flags: RESTRICTED, data: "", optional: false },
 ];
 

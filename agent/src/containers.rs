@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::fs;
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
@@ -15,14 +15,15 @@ use protobuf::Message;
 use protocols::MAX_SPEC;
 use protocols::agent::ContainerOptions;
 use protocols::containerd::api::{CreateTaskRequest, ExecProcessRequest};
+use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 
 use crate::cgroup::{CGROUP_ROOT, Cgroup};
 use crate::error::{Error, Result};
 use crate::events;
 use crate::guest::{Container, Guest, check_id};
-use crate::helper::{Request, Stage, state_root};
-use crate::launch::Launched;
+use crate::helper::{Create, Request, Stage, state_root};
+use crate::launch::{self, Launched};
 use crate::passthrough;
 use crate::process::{Phase, Process, StdioFields};
 use crate::reaper::Exit;
@@ -52,7 +53,7 @@ impl Guest {
                 container.hooks.replace(launched.started.hooks);
                 container.memory_watch.replace(events::watch_memory(self, &container.id, &container.cgroup));
                 container.init.set_phase(Phase::Created);
-                follow(&container.init, launched.exit);
+                follow_init(&container, launched.exit);
                 Ok(container.init.pid())
             }
             Err(error) => {
@@ -87,8 +88,22 @@ impl Guest {
         };
         fs::write(&spec, &*content).map_err(Error::io(format!("cannot write {}", spec.display())))?;
         let rootfs = (!request.rootfs.is_empty()).then_some(rootfs);
+        container.sandbox_pidns.set(options.sandbox_pidns);
+        let pid_namespace = if options.sandbox_pidns { Some(self.pid_namespace().await?) } else { None };
         let (id, bundle) = (container.id.clone(), container.bundle.clone());
-        self.launch(&container.init, "create", |stdio| Request::Create { id, bundle, rootfs, stdio }).await
+        let request = |stdio| Request::Create(Create { id, bundle, rootfs, pid_namespace, stdio });
+        self.launch(&container.init, "create", request).await
+    }
+
+    /// The PID namespace of the sandbox as a path for others, made when it is asked for first.
+    async fn pid_namespace(&self) -> Result<PathBuf> {
+        let namespace = self.pid_namespace.get_or_try_init(|| async {
+            let reply = self.run_helper("pause", &Request::PidNamespace, ProcessEnds::default()).await?;
+            let path = format!("/proc/{}/ns/pid", launch::started("pause", reply)?.pid);
+            fs::File::open(&path).map(OwnedFd::from).map_err(Error::io(format!("cannot open {path}")))
+        });
+        let namespace = namespace.await?.as_raw_fd();
+        Ok(PathBuf::from(format!("/proc/{}/fd/{namespace}", std::process::id())))
     }
 
     /// Lets a created process run; returns its pid.
@@ -350,8 +365,23 @@ fn any_json(any: Option<&protobuf::well_known_types::any::Any>, kind: &str, what
     Ok(any.value.clone())
 }
 
+/// Sets the phase of a container's first process when it ends, and ends the others with it: what the kernel does by itself
+/// in a PID namespace that is the container's own.
+fn follow_init(container: &Rc<Container>, exit: oneshot::Receiver<Exit>) {
+    let container = Rc::downgrade(container);
+    spawn_local(async move {
+        let (Ok(exit), Some(container)) = (exit.await, container.upgrade()) else { return };
+        if container.sandbox_pidns.get()
+            && let Err(error) = container.cgroup.kill()
+        {
+            tracing::warn!(%error, container = container.id, "processes of an ended container go on");
+        }
+        container.init.stopped(exit);
+    });
+}
+
 /// Sets the process's phase when it ends.
-fn follow(process: &Rc<Process>, exit: tokio::sync::oneshot::Receiver<Exit>) {
+fn follow(process: &Rc<Process>, exit: oneshot::Receiver<Exit>) {
     let process = Rc::downgrade(process);
     spawn_local(async move {
         if let (Ok(exit), Some(process)) = (exit.await, process.upgrade()) {

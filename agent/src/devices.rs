@@ -6,9 +6,10 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::os::fd::AsFd;
 
-use nix::errno::Errno;
+use bpf::Instruction;
+use bpf::code::{AND, JUMP, JUMP_IF_ANY_BIT, JUMP_IF_NOT, MOVE, MOVE_REGISTER, SHIFT_RIGHT};
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxDeviceType};
 
 use crate::cgroup::Cgroup;
@@ -70,7 +71,7 @@ pub(crate) fn restrict(cgroup: &Cgroup, rules: &[LinuxDeviceCgroup]) -> Result<(
     }
     let mut parsed = rules.iter().map(parse).collect::<Result<Vec<_>, _>>()?;
     parsed.extend(ALWAYS);
-    let attach = || attach(&File::open(cgroup.directory())?, &load(&compile(&parsed))?);
+    let attach = || attach(&File::open(cgroup.directory())?, &compile(&parsed));
     attach().map_err(|source| DevicesError::Kernel { cgroup: cgroup.directory().display().to_string(), source })
 }
 
@@ -111,28 +112,6 @@ fn invalid(what: &'static str, value: &str, why: &'static str) -> DevicesError {
     DevicesError::Invalid { what, value: value.to_owned(), why }
 }
 
-/// One instruction (linux/bpf.h, `struct bpf_insn`).
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-struct Instruction {
-    code: u8,
-    /// Source register in the upper four bits, destination in the lower.
-    registers: u8,
-    offset: i16,
-    immediate: i32,
-}
-
-// Operation codes (linux/bpf_common.h, linux/bpf.h), all on 32-bit values.
-const LOAD_WORD: u8 = 0x61;
-const AND: u8 = 0x54;
-const SHIFT_RIGHT: u8 = 0x74;
-const MOVE_REGISTER: u8 = 0xbc;
-const MOVE: u8 = 0xb4;
-const JUMP: u8 = 0x05;
-const JUMP_IF_NOT: u8 = 0x56;
-const JUMP_IF_ANY_BIT: u8 = 0x46;
-const EXIT: u8 = 0x95;
-
 // Registers: the verdict, the context, what is left to be allowed, and the device.
 const VERDICT: u8 = 0;
 const CONTEXT: u8 = 1;
@@ -142,36 +121,32 @@ const MAJOR: u8 = 4;
 const MINOR: u8 = 5;
 
 const fn op(code: u8, register: u8, immediate: i32) -> Instruction {
-    Instruction { code, registers: register, offset: 0, immediate }
+    Instruction::new(code, register, 0, 0, immediate)
 }
 
 const fn jump(code: u8, register: u8, immediate: i32, offset: i16) -> Instruction {
-    Instruction { code, registers: register, offset, immediate }
-}
-
-const fn from(code: u8, register: u8, source: u8, offset: i16) -> Instruction {
-    Instruction { code, registers: (source << 4) | register, offset, immediate: 0 }
+    Instruction::new(code, register, 0, offset, immediate)
 }
 
 /// The program: 1 allows, 0 denies.
 fn compile(rules: &[Rule]) -> Vec<Instruction> {
     let mut program = vec![
-        from(LOAD_WORD, LEFT, CONTEXT, 0),
-        from(MOVE_REGISTER, KIND, LEFT, 0),
+        Instruction::load_word(LEFT, CONTEXT, 0),
+        Instruction::new(MOVE_REGISTER, KIND, LEFT, 0, 0),
         op(AND, KIND, 0xffff),
         op(SHIFT_RIGHT, LEFT, 16),
-        from(LOAD_WORD, MAJOR, CONTEXT, 4),
-        from(LOAD_WORD, MINOR, CONTEXT, 8),
+        Instruction::load_word(MAJOR, CONTEXT, 4),
+        Instruction::load_word(MINOR, CONTEXT, 8),
     ];
     for rule in rules.iter().rev() {
         program.extend(compile_rule(rule));
     }
-    program.extend([op(MOVE, VERDICT, 0), op(EXIT, 0, 0)]);
+    program.extend([op(MOVE, VERDICT, 0), Instruction::EXIT]);
     program
 }
 
 fn compile_rule(rule: &Rule) -> Vec<Instruction> {
-    let verdict = [op(MOVE, VERDICT, i32::from(rule.allow)), op(EXIT, 0, 0)];
+    let verdict = [op(MOVE, VERDICT, i32::from(rule.allow)), Instruction::EXIT];
     let action = if rule.allow {
         // What the rule allows need not be asked of earlier rules.
         vec![op(AND, LEFT, !rule.access & (MKNOD | READ | WRITE)), jump(JUMP_IF_NOT, LEFT, 0, 2)]
@@ -193,65 +168,20 @@ fn compile_rule(rule: &Rule) -> Vec<Instruction> {
     program
 }
 
-const BPF_PROG_LOAD: libc::c_int = 5;
-const BPF_PROG_ATTACH: libc::c_int = 8;
-const BPF_PROG_TYPE_CGROUP_DEVICE: u32 = 15;
-const BPF_CGROUP_DEVICE: u32 = 6;
-const BPF_F_ALLOW_MULTI: u32 = 2;
+// `enum bpf_prog_type`, `enum bpf_attach_type`, and a flag that leaves programs of others in place.
+const CGROUP_DEVICE_PROGRAM: u32 = 15;
+const CGROUP_DEVICE: u32 = 6;
+const ALLOW_MULTI: u32 = 2;
 
-/// What `BPF_PROG_LOAD` reads of `union bpf_attr`; the kernel takes what is behind it for zero.
-#[derive(Default)]
-#[repr(C)]
-struct LoadAttributes {
-    program_type: u32,
-    count: u32,
-    instructions: u64,
-    license: u64,
-    log_level: u32,
-    log_size: u32,
-    log_buffer: u64,
-}
-
-/// The same of `BPF_PROG_ATTACH`.
-#[repr(C)]
-struct AttachAttributes {
-    target: i32,
-    program: i32,
-    attach_type: u32,
-    flags: u32,
-}
-
-fn load(program: &[Instruction]) -> io::Result<OwnedFd> {
-    let attributes = LoadAttributes {
-        program_type: BPF_PROG_TYPE_CGROUP_DEVICE,
-        count: u32::try_from(program.len()).map_err(io::Error::other)?,
-        instructions: program.as_ptr().addr() as u64,
-        license: c"Apache-2.0".as_ptr().addr() as u64,
-        ..Default::default()
-    };
-    // SAFETY: the attributes and what they point to outlive the call, which only reads them.
-    let raw =
-        unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_LOAD, &raw const attributes, size_of::<LoadAttributes>()) };
-    let raw = Errno::result(raw)?;
-    // SAFETY: the kernel has just made this descriptor for us alone.
-    Ok(unsafe { OwnedFd::from_raw_fd(i32::try_from(raw).map_err(io::Error::other)?) })
-}
-
-fn attach(cgroup: &File, program: &OwnedFd) -> io::Result<()> {
-    let attributes = AttachAttributes {
-        target: cgroup.as_fd().as_raw_fd(),
-        program: program.as_raw_fd(),
-        attach_type: BPF_CGROUP_DEVICE,
-        flags: BPF_F_ALLOW_MULTI,
-    };
-    let size = size_of::<AttachAttributes>();
-    // SAFETY: the attributes outlive the call, which only reads them.
-    Errno::result(unsafe { libc::syscall(libc::SYS_bpf, BPF_PROG_ATTACH, &raw const attributes, size) })?;
-    Ok(())
+fn attach(cgroup: &File, program: &[Instruction]) -> io::Result<()> {
+    let program = bpf::load(CGROUP_DEVICE_PROGRAM, 0, program)?;
+    bpf::attach(cgroup.as_fd(), &program, CGROUP_DEVICE, ALLOW_MULTI)
 }
 
 #[cfg(test)]
 mod tests {
+    use bpf::code::{EXIT, LOAD_WORD};
+
     use super::*;
 
     /// Executes a program as the kernel would, for the instructions that are used here.

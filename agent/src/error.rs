@@ -29,6 +29,8 @@ pub(crate) enum Error {
     /// What the OCI runtime said, worded as runc words it: clients look for parts of it.
     #[error("OCI runtime {operation} failed: {message}")]
     Runtime { operation: &'static str, message: String },
+    #[error("nothing in the guest answers at port {port} of its loopback address: {source}")]
+    NoServer { port: u16, source: io::Error },
     #[error("{what}: no answer within {seconds} s")]
     Deadline { what: String, seconds: u64 },
     #[error("{what}: {source}")]
@@ -64,6 +66,7 @@ impl Error {
             Self::Invalid { .. } => Code::INVALID_ARGUMENT,
             Self::Unimplemented { .. } => Code::UNIMPLEMENTED,
             Self::Deadline { .. } => Code::DEADLINE_EXCEEDED,
+            Self::NoServer { .. } => Code::UNAVAILABLE,
             Self::Network(error) => error.code(),
             Self::Runtime { .. } | Self::Io { .. } | Self::Mount { .. } | Self::CleanUp { .. } => Code::UNKNOWN,
         }

@@ -2,10 +2,11 @@
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
-use tokio::sync::Semaphore;
+use tokio::sync::{OnceCell, Semaphore};
 use tokio::task::AbortHandle;
 
 use crate::cgroup::Cgroup;
@@ -33,6 +34,8 @@ pub(crate) struct Guest {
     pub(crate) timeline: RefCell<Timeline>,
     /// What Setup mounted.
     pub(crate) storages: RefCell<Mounts>,
+    /// The PID namespace of all containers that ask for the sandbox's.
+    pub(crate) pid_namespace: OnceCell<OwnedFd>,
     containers: RefCell<HashMap<String, Rc<Container>>>,
     names: Cell<u64>,
 }
@@ -51,6 +54,8 @@ pub(crate) struct Container {
     /// One helper at a time starts a process in it: each reads the container's state file and writes it again, and a
     /// file that is being written has nothing in it.
     pub(crate) turn: Semaphore,
+    /// Its first process is not the first of its PID namespace, and others outlive it.
+    pub(crate) sandbox_pidns: Cell<bool>,
     execs: RefCell<HashMap<String, Exec>>,
 }
 
@@ -68,6 +73,7 @@ impl Guest {
             events: Events::default(),
             timeline: RefCell::new(timeline),
             storages: RefCell::default(),
+            pid_namespace: OnceCell::new(),
             containers: RefCell::default(),
             names: Cell::new(0),
         })
@@ -125,6 +131,7 @@ impl Container {
             deleting: Cell::new(false),
             memory_watch: RefCell::default(),
             turn: Semaphore::new(1),
+            sandbox_pidns: Cell::new(false),
             execs: RefCell::default(),
         })
     }

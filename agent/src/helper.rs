@@ -4,6 +4,7 @@
 //! starts `kata-agent helper` with a [`Request`] as JSON on its stdin and reads one line, a [`Reply`], from its stdout.
 
 mod executor;
+pub(crate) mod pause;
 mod spec;
 
 use std::io::{self, Read, Write};
@@ -30,11 +31,25 @@ pub(crate) const ARGUMENT: &str = "helper";
 #[derive(Debug, Serialize, Deserialize)]
 pub(crate) enum Request {
     /// Make a container from `<bundle>/spec.json`, up to just before its entrypoint is executed.
-    Create { id: String, bundle: PathBuf, rootfs: Option<PathBuf>, stdio: Stdio },
+    Create(Create),
     /// Run another process, described by the JSON file `process`, in a running container.
     Exec { id: String, process: PathBuf, stdio: Stdio },
     /// Run a container's hooks of one stage.
     Hooks { id: String, stage: Stage },
+    /// Make a PID namespace and start [`pause`] as its first process.
+    PidNamespace,
+}
+
+/// The container to make.
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Create {
+    pub(crate) id: String,
+    pub(crate) bundle: PathBuf,
+    /// Where its root file system is mounted, if not where its specification says.
+    pub(crate) rootfs: Option<PathBuf>,
+    /// The PID namespace that it shares with others.
+    pub(crate) pid_namespace: Option<PathBuf>,
+    pub(crate) stdio: Stdio,
 }
 
 /// Stages whose hooks the agent runs itself; the others run inside `Create`.
@@ -94,22 +109,24 @@ type Error = Box<dyn std::error::Error>;
 
 fn serve(request: Request) -> Result<Reply, Error> {
     match request {
-        Request::Create { id, bundle, rootfs, stdio } => create(id, &bundle, rootfs, stdio).map(Reply::Started),
+        Request::Create(container) => create(container).map(Reply::Started),
         Request::Exec { id, process, stdio } => exec(id, &process, stdio).map(Reply::Started),
         Request::Hooks { id, stage } => hooks(&id, stage).map(|()| Reply::Done),
+        Request::PidNamespace => Ok(Reply::Started(pause::start()?)),
     }
 }
 
-fn create(id: String, bundle: &Path, rootfs: Option<PathBuf>, stdio: Stdio) -> Result<Started, Error> {
-    let mut spec: Spec = read_json(&bundle.join("spec.json"), "the spec")?;
-    spec::adapt(&mut spec, &id, rootfs, stdio.console.is_some())?;
+fn create(container: Create) -> Result<Started, Error> {
+    let mut spec: Spec = read_json(&container.bundle.join("spec.json"), "the spec")?;
+    spec::adapt(&mut spec, &container)?;
+    let Create { id, bundle, stdio, .. } = container;
     spec.save(bundle.join("config.json"))?;
     let uid = spec::host_uid(&spec);
     let devices = spec::device_rules(&spec);
     let hooks = spec::hook_stages(&spec);
     let cgroup = Cgroup::of(&id);
     let container =
-        builder(id, stdio, uid, ContainerExecutor::for_init())?.as_init(bundle).with_systemd(false).build()?;
+        builder(id, stdio, uid, ContainerExecutor::for_init())?.as_init(&bundle).with_systemd(false).build()?;
     // The container's own devices exist by now and its program does not run yet.
     devices::restrict(&cgroup, &devices)?;
     let pid = container.pid().ok_or("the container has no process")?.as_raw();

@@ -121,7 +121,8 @@ impl Guest {
     }
 }
 
-fn started(operation: &'static str, reply: Reply) -> Result<Started> {
+/// What a helper says that it started.
+pub(crate) fn started(operation: &'static str, reply: Reply) -> Result<Started> {
     match reply {
         Reply::Started(started) => Ok(started),
         _ => Err(Error::Runtime { operation, message: "the helper did not say what it started".into() }),

@@ -9,6 +9,7 @@ mod containers;
 mod devices;
 mod error;
 mod events;
+mod forward;
 mod guest;
 mod helper;
 mod hotplug;
@@ -68,6 +69,9 @@ fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.first().is_some_and(|first| first == helper::ARGUMENT) {
         return exit_code(helper::main());
+    }
+    if arguments.first().is_some_and(|first| first == helper::pause::ARGUMENT) {
+        return exit_code(helper::pause::main().map(|never| match never {}));
     }
     if std::process::id() == 1 { run_as_init(&arguments, timeline) } else { run_as_command(&arguments, timeline) }
 }

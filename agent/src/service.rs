@@ -16,8 +16,8 @@ use protobuf::well_known_types::empty::Empty;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 use protocols::agent::{
-    Event, MemoryTypesRequest, MemoryTypesResponse, NextEventRequest, OnlineCpuMemRequest, OnlineCpuMemResponse,
-    SetupRequest, SetupResponse,
+    Event, ForwardRequest, ForwardResponse, MemoryTypesRequest, MemoryTypesResponse, NextEventRequest,
+    OnlineCpuMemRequest, OnlineCpuMemResponse, SetupRequest, SetupResponse,
 };
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::containerd::api::{
@@ -32,6 +32,7 @@ use tokio::task::spawn_local;
 use ttrpc::r#async::{Service, TtrpcContext};
 
 use crate::error::{Error, Result};
+use crate::forward;
 use crate::guest::Guest;
 use crate::hotplug;
 use crate::memory_types;
@@ -151,6 +152,11 @@ impl AgentService for Handle {
 
     async fn memory_types(&self, _: &TtrpcContext, request: MemoryTypesRequest) -> ttrpc::Result<MemoryTypesResponse> {
         self.now(move |_| memory_types::collect(request.mtrr_default_type)).await
+    }
+
+    async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<ForwardResponse> {
+        self.wait(async move |guest| forward::forward(&guest.endpoint, &request).await).await?;
+        Ok(ForwardResponse::default())
     }
 }
 

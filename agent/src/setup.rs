@@ -5,10 +5,12 @@ use std::io;
 use std::path::Path;
 use std::rc::Rc;
 
+use nix::mount::{MsFlags, mount};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use protocols::agent::{Dns, SetupRequest, SetupResponse};
 
+use crate::boot;
 use crate::error::{Error, Result};
 use crate::guest::Guest;
 use crate::network;
@@ -36,6 +38,7 @@ impl Guest {
         write_resolv_conf(request.dns.as_ref())?;
         network::configure(&request.interfaces, &request.routes, &request.neighbours)?;
         set_sysctls(request)?;
+        limit_shared_memory(request.shm_size)?;
         self.storages.borrow_mut().add_storages(&request.storages)?;
         self.timeline.borrow_mut().stamp("setup done");
         Ok(SetupResponse {
@@ -79,6 +82,15 @@ fn set_hostname(name: &str) -> Result<()> {
         return Err(Error::invalid(format!("hostname {name:?}: the limit is {HOSTNAME_LENGTH} bytes")));
     }
     nix::unistd::sethostname(name).map_err(Error::io("cannot set the hostname"))
+}
+
+fn limit_shared_memory(size: u64) -> Result<()> {
+    if size == 0 {
+        return Ok(());
+    }
+    let options = format!("size={size}");
+    mount(None::<&str>, boot::SHARED_MEMORY, None::<&str>, MsFlags::MS_REMOUNT | boot::NO_DEVICES, Some(&*options))
+        .map_err(Error::io(format!("cannot make {} {size} bytes large", boot::SHARED_MEMORY)))
 }
 
 fn write_resolv_conf(dns: Option<&Dns>) -> Result<()> {

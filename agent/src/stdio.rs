@@ -64,22 +64,23 @@ pub(crate) struct HostStreams {
 impl HostStreams {
     /// Dials all streams of a request at once.
     pub(crate) async fn open(endpoint: &Endpoint, request: &StdioRequest) -> Result<Self> {
-        let (stdin, stdout, stderr) = futures::try_join!(
-            open_stream(endpoint, request.stdin),
-            open_stream(endpoint, request.stdout),
-            open_stream(endpoint, request.stderr),
-        )?;
+        let open = async |id: Option<u64>| match id {
+            Some(id) => open_stream(endpoint, id).await.map(Some),
+            None => Ok(None),
+        };
+        let (stdin, stdout, stderr) =
+            futures::try_join!(open(request.stdin), open(request.stdout), open(request.stderr))?;
         Ok(Self { stdin, stdout, stderr })
     }
 }
 
-async fn open_stream(endpoint: &Endpoint, id: Option<u64>) -> Result<Option<Watched>> {
-    let Some(id) = id else { return Ok(None) };
+/// Dials the host and names the stream.
+pub(crate) async fn open_stream(endpoint: &Endpoint, id: u64) -> Result<Watched> {
     let stream = endpoint.dial(protocols::STREAM_PORT).await?;
     transport::write_all(&stream, &id.to_le_bytes())
         .await
         .map_err(Error::io(format!("cannot name stream {id} to the host")))?;
-    Ok(Some(stream))
+    Ok(stream)
 }
 
 /// The process's ends of its pipes. They are inheritable: drop them as soon as the helper runs, or no stream ever ends.
@@ -202,7 +203,7 @@ async fn forward_input(from: &Watched, to: &Watched) {
 }
 
 /// Hands over all that `from` yields until its end of file. The buffer lives only while there is something to move.
-async fn pump(from: &Watched, mut deliver: impl AsyncFnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
+pub(crate) async fn pump(from: &Watched, mut deliver: impl AsyncFnMut(&[u8]) -> io::Result<()>) -> io::Result<()> {
     loop {
         drop(from.readable().await?);
         let mut chunk = vec![0; CHUNK];

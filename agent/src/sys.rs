@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
 
 use nix::errno::Errno;
+use nix::sys::signal::{SigHandler, Signal, signal};
 use tokio::io::unix::AsyncFd;
 
 /// One child that ended, as wait(2) encodes it.
@@ -51,6 +52,13 @@ pub(crate) fn reset_signals() {
         let how = libc::SIG_SETMASK;
         libc::syscall(libc::SYS_rt_sigprocmask, how, DEFAULT.as_ptr(), std::ptr::null::<u64>(), SET_SIZE);
     }
+}
+
+/// Lets the kernel reap this process's children: it does so for whoever ignores their end (wait(2), "NOTES").
+pub(crate) fn leave_children_to_kernel() -> io::Result<()> {
+    // SAFETY: SIG_IGN installs no code.
+    unsafe { signal(Signal::SIGCHLD, SigHandler::SigIgn) }?;
+    Ok(())
 }
 
 /// Mounts a file system where nobody sees it: it is in no namespace, and goes with the descriptor of its root.

@@ -104,8 +104,8 @@ impl Group {
         }
     }
 
-    /// Whether a failure is said in the report instead of ending it: QEMU's guests with devices hang now and then on the
-    /// lab's emulated processor.
+    /// Whether a failure is said in the report alone: QEMU's guests with devices hang now and then on the lab's emulated
+    /// processor.
     #[must_use]
     pub fn may_fail(self) -> bool {
         matches!(self, Self::Block | Self::Net)

@@ -161,14 +161,14 @@ impl Hardware {
         if self.devices.len() <= MOST { Ok(()) } else { Err(Error::Devices { most: MOST, found: self.devices.len() }) }
     }
 
-    /// Whether it needs the QEMU that speaks vfio-user.
-    pub(crate) fn needs_newer_qemu(&self) -> bool {
+    /// Whether a device of it is a GPU model.
+    pub(crate) fn has_models(&self) -> bool {
         self.devices.iter().any(|device| matches!(device, Device::Gpu(_)))
     }
 
-    /// What the kernel is told, and by its command line the command server (`lab/guest/src/mend.rs`).
+    /// What the kernel is told.
     pub(crate) fn kernel_options() -> &'static str {
-        " intel_iommu=on iommu=pt lab.mend"
+        " intel_iommu=on iommu=pt"
     }
 }
 

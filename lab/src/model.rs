@@ -65,7 +65,7 @@ pub(crate) fn create_disks(hardware: &Hardware, dir: &RunDir) -> Result<(), Erro
 /// Starts a model for each GPU, listening where QEMU will find it. The models live as long as somebody holds what this
 /// answers: to be left to QEMU alone.
 pub(crate) fn start(hardware: &Hardware, dir: &RunDir) -> Result<Vec<OwnedFd>, Error> {
-    if !hardware.needs_newer_qemu() {
+    if !hardware.has_models() {
         return Ok(Vec::new());
     }
     let program = program(&Cache::open()?)?;

@@ -46,6 +46,7 @@ const DISK: &str = "disk.qcow2";
 #[derive(Clone, Debug)]
 pub(crate) struct Materials {
     pub(crate) tools: Tools,
+    qemu: Tools,
     system: System,
     initrd: Initrd,
 }
@@ -75,7 +76,7 @@ pub(crate) fn prune(cache: &Cache) -> Result<Vec<PathBuf>, Error> {
     let mut removed = Vec::new();
     for (kind, kept) in [
         ("lab-tools", vec![materials.tools.id()]),
-        ("lab-qemu", vec![Tools::newer_id(&pin(cache)?)]),
+        ("lab-qemu", vec![materials.qemu.id()]),
         ("lab-gpu-model", vec![model::program_id()?]),
         ("lab-system", vec![materials.system.id()]),
         ("lab-initrd", vec![materials.initrd.id()]),
@@ -89,13 +90,14 @@ pub(crate) fn prune(cache: &Cache) -> Result<Vec<PathBuf>, Error> {
     Ok(removed)
 }
 
-/// Finds tools, system and initrd in the cache, or makes them.
+/// Finds tools, QEMU, system and initrd in the cache, or makes them.
 pub(crate) fn materials(cache: &Cache) -> Result<Materials, Error> {
     let pin = pin(cache)?;
     let tools = Tools::get(cache, &pin)?;
+    let qemu = Tools::qemu(cache, &pin)?;
     let system = System::get(cache, &tools, &pin)?;
     let initrd = Initrd::get(cache, &system)?;
-    Ok(Materials { tools, system, initrd })
+    Ok(Materials { tools, qemu, system, initrd })
 }
 
 fn pin_path(cache: &Cache) -> PathBuf {
@@ -136,7 +138,7 @@ fn key(snapshot: Snapshot, materials: &Materials) -> Key {
 /// The parts of a machine whose memory and disk are in `files` and whose console goes to `console`.
 fn parts(materials: &Materials, snapshot: Snapshot, files: &Path, console: &Path) -> Parts {
     Parts {
-        firmware: materials.tools.firmware(),
+        firmware: materials.qemu.firmware(),
         kernel: materials.system.kernel(),
         initrd: materials.initrd.path(),
         memory: files.join(MEMORY),
@@ -161,7 +163,7 @@ impl Prepared {
     /// A machine of this snapshot's files.
     pub(crate) fn plan(&self, snapshot: Snapshot, run_dir: &RunDir, start: Start, end: End) -> Plan {
         let parts = parts(&self.materials, snapshot, &self.dir, &run_dir.console());
-        Plan { tools: self.materials.tools.clone(), snapshot, parts, start, end }
+        Plan { qemu: self.materials.qemu.clone(), snapshot, parts, start, end }
     }
 
     /// A machine that boots from this snapshot's disk with hardware of its own.
@@ -176,13 +178,8 @@ impl Prepared {
         let mut plan = self.plan(snapshot, run_dir, Start::Fresh, end);
         plan.parts.hardware = hardware::options(hardware, run_dir);
         plan.parts.fresh_memory = hardware.chosen_memory().unwrap_or_else(|| snapshot.memory());
-        let cache = Cache::open()?;
         if hardware.chosen_kernel() == Kernel::Iommufd {
-            plan.parts.kernel = own_kernel(&cache)?;
-        }
-        if hardware.needs_newer_qemu() {
-            plan.tools = Tools::get_newer(&cache, &pin(&cache)?)?;
-            plan.parts.firmware = plan.tools.firmware();
+            plan.parts.kernel = own_kernel(&Cache::open()?)?;
         }
         Ok(plan)
     }

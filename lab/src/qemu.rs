@@ -179,7 +179,7 @@ impl Line {
 #[derive(Clone, Debug)]
 pub(crate) struct Plan {
     /// Where QEMU is.
-    pub(crate) tools: Tools,
+    pub(crate) qemu: Tools,
     /// Which machine.
     pub(crate) snapshot: Snapshot,
     /// What it is made of.
@@ -195,7 +195,7 @@ impl Plan {
     pub(crate) fn spawn(&self, descriptors: Descriptors, log: &Path) -> Result<Child, Error> {
         let ports: Vec<RawFd> = descriptors.ports.iter().map(AsRawFd::as_raw_fd).collect();
         let output = File::create(log).map_err(io_error("create", log))?;
-        let mut command = self.tools.command("usr/bin/qemu-system-x86_64");
+        let mut command = self.qemu.command("usr/bin/qemu-system-x86_64");
         command.args(arguments(self.snapshot, &self.parts, self.start, descriptors.qmp.as_raw_fd(), &ports));
         command.stdout(output.try_clone().map_err(io_error("open", log))?).stderr(output);
         prepare_child(&mut command, descriptors, self.end);

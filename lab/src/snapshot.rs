@@ -63,9 +63,14 @@ impl Snapshot {
             Self::Base | Self::Icount => STANDARD_PATH.to_owned(),
             Self::Containerd21 => format!("/opt/containerd-2.1/bin:/opt/runc-1.3/bin:{STANDARD_PATH}"),
         };
-        // Without it, addresses differ between runs, and so do the numbers of instructions.
-        let determinism = if self.counts_instructions() { " norandmaps" } else { "" };
-        format!("{KERNEL_OPTIONS}{determinism} lab.path={path}")
+        let more = if self.counts_instructions() {
+            // Without it, addresses differ between runs, and so do the numbers of instructions.
+            "norandmaps"
+        } else {
+            // For the command server (`lab/guest/src/mend.rs`): it would be seen in measurements.
+            "lab.mend"
+        };
+        format!("{KERNEL_OPTIONS} {more} lab.path={path}")
     }
 }
 

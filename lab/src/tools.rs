@@ -15,11 +15,11 @@ use crate::progress::Progress;
 
 /// The suite that the tools and the machine come from.
 pub(crate) const SUITE: &str = "trixie";
-const PACKAGES: [&str; 8] =
-    ["e2fsprogs", "kmod", "libc6", "qemu-system-x86", "qemu-utils", "seabios", "xz-utils", "zstd"];
-/// The suite of the newer QEMU: the first release with `vfio-user-pci`, 10.1, came after [`SUITE`].
-const NEWER_SUITE: &str = "sid";
-const NEWER_PACKAGES: [&str; 3] = ["libc6", "qemu-system-x86", "seabios"];
+const PACKAGES: [&str; 6] = ["e2fsprogs", "kmod", "libc6", "qemu-utils", "xz-utils", "zstd"];
+/// The suite of QEMU. [`SUITE`]'s is 10.0: 10.1 is the first with `vfio-user-pci`, 10.2 the first seen whose virtual CPUs lose
+/// no interrupt while they enter a guest.
+const QEMU_SUITE: &str = "sid";
+const QEMU_PACKAGES: [&str; 3] = ["libc6", "qemu-system-x86", "seabios"];
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 const LOADER: &str = "usr/lib/x86_64-linux-gnu/ld-linux-x86-64.so.2";
 
@@ -32,31 +32,32 @@ pub(crate) struct Tools {
 impl Tools {
     /// Finds the tools in the cache, or fetches them.
     pub(crate) fn get(cache: &Cache, pin: &str) -> Result<Self, Error> {
-        Self::of_suite(cache, pin, "lab-tools", SUITE, &PACKAGES)
+        Self::of_suite(cache, pin, ("lab-tools", "the lab's tools"), SUITE, &PACKAGES)
     }
 
-    /// Finds the newer QEMU in the cache, or fetches it. It has nothing but QEMU: whatever else a machine needs is
-    /// in [`Tools::get`]'s.
-    pub(crate) fn get_newer(cache: &Cache, pin: &str) -> Result<Self, Error> {
-        Self::of_suite(cache, pin, "lab-qemu", NEWER_SUITE, &NEWER_PACKAGES)
-    }
-
-    /// The name of the newer QEMU in the cache, whether it is there or not.
-    pub(crate) fn newer_id(pin: &str) -> String {
-        Self::key(pin, &NEWER_PACKAGES).name()
+    /// Finds QEMU in the cache, or fetches it. Whatever else a machine needs is in [`Tools::get`]'s.
+    pub(crate) fn qemu(cache: &Cache, pin: &str) -> Result<Self, Error> {
+        Self::of_suite(cache, pin, ("lab-qemu", "QEMU"), QEMU_SUITE, &QEMU_PACKAGES)
     }
 
     fn key(pin: &str, packages: &[&str]) -> Key {
         Key::new("1").with("pin", pin.as_bytes()).with("packages", packages.join(" ").as_bytes())
     }
 
-    fn of_suite(cache: &Cache, pin: &str, kind: &str, suite: &str, packages: &[&str]) -> Result<Self, Error> {
+    /// They are kept in the cache as `kind`, and `what` says so to people.
+    fn of_suite(
+        cache: &Cache,
+        pin: &str,
+        (kind, what): (&str, &str),
+        suite: &str,
+        packages: &[&str],
+    ) -> Result<Self, Error> {
         let root = cache.get_or_build(kind, &Self::key(pin, packages), |root| {
             let suite = Suite::open(cache, suite)?;
-            let progress = Progress::start("Fetching QEMU and its libraries", 0);
+            let progress = Progress::start(&format!("Fetching {what} and libraries"), 0);
             let debs = suite.download_with_dependencies(packages)?;
             drop(progress);
-            unpack_all("Unpacking QEMU and its libraries", &debs, root)
+            unpack_all(&format!("Unpacking {what} and libraries"), &debs, root)
         })?;
         Ok(Self { root })
     }

@@ -6,7 +6,7 @@
 //! stream connection begins with its stream id, eight bytes little-endian; then it
 //! carries bytes, and half-closing it is the end of file.
 
-/// Code generated from `proto/agent.proto`.
+/// Code generated from `proto/*.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, clippy::expect_used, unreachable_pub)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
@@ -15,6 +15,7 @@ mod generated {
 pub use containerd_shim_protos as containerd;
 pub use generated::agent;
 pub use generated::agent_ttrpc;
+pub use generated::cri;
 
 /// vsock address of the host, as every guest sees it (linux/vm_sockets.h, `VMADDR_CID_HOST`).
 pub const HOST_CID: u32 = 2;

@@ -27,6 +27,8 @@ const MAKERS: &[&str] = &[include_str!("recipe.rs"), include_str!("layer.rs"), i
 pub enum Image {
     /// One static busybox with links for its applets.
     Busybox,
+    /// Busybox that sleeps: what the pods of a runtime without virtual machines are held by.
+    Pause,
     /// A small Debian with redis, nginx and python3.
     Debian,
 }
@@ -37,13 +39,14 @@ impl Image {
     pub fn default_name(self) -> &'static str {
         match self {
             Self::Busybox => "docker.io/library/busybox:latest",
+            Self::Pause => "docker.io/library/pause:latest",
             Self::Debian => "docker.io/library/debian:trixie-slim",
         }
     }
 
     fn packages(self) -> &'static [&'static str] {
         match self {
-            Self::Busybox => &["busybox-static"],
+            Self::Busybox | Self::Pause => &["busybox-static"],
             Self::Debian => &[
                 "base-files",
                 "base-passwd",
@@ -69,16 +72,19 @@ impl Image {
     }
 
     fn start(self) -> Start {
-        let (command, path) = match self {
-            Self::Busybox => ("sh", "/bin:/usr/bin:/sbin:/usr/sbin"),
-            Self::Debian => ("bash", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+        const BUSYBOX_PATH: &str = "/bin:/usr/bin:/sbin:/usr/sbin";
+        let (command, path): (&[&str], _) = match self {
+            Self::Busybox => (&["sh"], BUSYBOX_PATH),
+            Self::Pause => (&["sleep", "infinity"], BUSYBOX_PATH),
+            Self::Debian => (&["bash"], "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
         };
-        Start { command: vec![command.to_owned()], environment: vec![format!("PATH={path}")] }
+        let command = command.iter().map(|word| (*word).to_owned()).collect();
+        Start { command, environment: vec![format!("PATH={path}")] }
     }
 
     fn populate(self, root: &Path, packages: &[PathBuf], progress: &Progress) -> Result<Owners, Error> {
         match self {
-            Self::Busybox => busybox(root, packages),
+            Self::Busybox | Self::Pause => busybox(root, packages),
             Self::Debian => debian_root(root, packages, progress),
         }
     }

@@ -94,6 +94,12 @@ pub enum Error {
     /// The virtual machine has ended.
     #[error("the sandbox's virtual machine has ended ({0}); delete the container and create it again")]
     GuestGone(String),
+    /// The virtual machine runs, and its agent let a request's time pass.
+    #[error(
+        "the guest's agent did not answer within the request's time ({0}): the guest hangs, or has more to do than it \
+         can; try again, or delete the container and give it more CPUs"
+    )]
+    Unanswered(String),
     /// The agent's own answer, with its code.
     #[error("{0}")]
     Agent(String, Code),
@@ -139,7 +145,7 @@ impl Error {
             Self::Launch(LaunchError::Config(_) | LaunchError::Image { .. }) => Code::FAILED_PRECONDITION,
             Self::Config(config::ConfigError::Annotation(_)) => Code::INVALID_ARGUMENT,
             Self::State(_) | Self::Config(_) => Code::FAILED_PRECONDITION,
-            Self::GuestHangs { .. } => Code::DEADLINE_EXCEEDED,
+            Self::GuestHangs { .. } | Self::Unanswered(_) => Code::DEADLINE_EXCEEDED,
             Self::GuestEnded { .. } | Self::GuestGone(_) => Code::UNAVAILABLE,
             Self::Agent(_, code) => *code,
             Self::Size(SizeError::Defaults { .. }) => Code::FAILED_PRECONDITION,

@@ -8,6 +8,7 @@
 //! a guest of their own behind the same sockets.
 
 pub mod args;
+pub mod ctl;
 pub mod delete;
 pub mod error;
 pub mod host;

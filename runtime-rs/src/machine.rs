@@ -1,5 +1,6 @@
 //! The virtual machine as the pod process sees it, and its making by dragonball.
 
+use std::collections::HashMap;
 use std::os::fd::BorrowedFd;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -93,6 +94,10 @@ pub struct Blueprint {
     pub devices_can_come: bool,
     /// The guest's host name.
     pub hostname: String,
+    /// The guest's kernel parameters, by their names with dots.
+    pub sysctls: HashMap<String, String>,
+    /// Bytes that the guest's /dev/shm may have; 0 leaves that to the guest.
+    pub shm_size: u64,
 }
 
 /// What a sandbox's machine consists of.
@@ -269,7 +274,11 @@ impl Hardware for Manager {
 const EROFS_MAGIC: [u8; 4] = 0xE0F5_E1E2_u32.to_le_bytes();
 
 /// A guest whose root cannot be mounted panics a second later with a text that names no file: this one does.
-fn check_image(path: &Path) -> Result<(), LaunchError> {
+///
+/// # Errors
+///
+/// [`LaunchError::Image`].
+pub fn check_image(path: &Path) -> Result<(), LaunchError> {
     use std::os::unix::fs::FileExt;
     let bad = |problem: String| LaunchError::Image { path: path.to_owned(), problem };
     let file = std::fs::File::open(path).map_err(|error| bad(format!("cannot be opened: {error}")))?;

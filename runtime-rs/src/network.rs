@@ -1,21 +1,18 @@
 //! The pod's network: the interfaces of its namespace become cards of the machine.
 
 use std::path::Path;
+use std::sync::Arc;
 
 use dragonball::{MacAddress, NetConfig, TapDescriptors, TapSource, VhostMode};
 use journal::{Effect, Journal};
-use network::{Interface, Namespace, Scan};
+use network::{HOST_REFUSED, Interface, Loopback, Namespace, Scan};
 use protocols::agent;
 
-use crate::error::Error;
+use crate::error::{Error, chain};
 use crate::spec::NetworkPlace;
 
 /// Name of the taps in the pod's namespace; the kernel counts them.
 const TAP_PATTERN: &str = "tap%d_kata";
-
-/// What a specification without a network namespace is told.
-const HOST: &str = "the specification asks for the host's network namespace: a virtual machine cannot share it; give the \
-                    pod a network of its own (no hostNetwork, no --net-host)";
 
 /// What machine and guest get.
 #[derive(Debug, Clone, Default)]
@@ -28,6 +25,8 @@ pub struct Network {
     pub routes: Vec<agent::Route>,
     /// The neighbours behind them.
     pub neighbours: Vec<agent::Neighbour>,
+    /// What is dialled to the loopback address of the namespace, for the guest's servers.
+    pub loopback: Option<Arc<Loopback>>,
 }
 
 impl Network {
@@ -40,7 +39,10 @@ impl Network {
         let path = match place {
             NetworkPlace::Own => return Ok(Self::default()),
             NetworkPlace::Path(path) => path,
-            NetworkPlace::Host => return Err(Error::Invalid(HOST.to_owned())),
+            NetworkPlace::Host => {
+                let asked = "the specification asks for the host's network namespace";
+                return Err(Error::Invalid(format!("{asked}: {HOST_REFUSED}")));
+            }
         };
         let mut namespace = Namespace::open(path)?;
         let scan = namespace.scan()?;
@@ -48,7 +50,11 @@ impl Network {
         for interface in &scan.interfaces {
             cards.push(card(&mut namespace, path, interface, journal)?);
         }
-        Ok(Self { cards, ..Self::of(&scan) })
+        // A pod without it works; only its ports cannot be forwarded.
+        let loopback = namespace.take_loopback().map(Arc::new);
+        let loopback =
+            loopback.inspect_err(|error| tracing::warn!(error = %chain(error), "no port can be forwarded")).ok();
+        Ok(Self { cards, loopback, ..Self::of(&scan) })
     }
 
     /// What the guest is told of `scan`.
@@ -83,6 +89,7 @@ impl Network {
             interfaces: interfaces.collect(),
             routes: routes.collect(),
             neighbours: neighbours.collect(),
+            loopback: None,
         }
     }
 }

@@ -93,6 +93,12 @@ impl Paths {
         self.state.join("shared")
     }
 
+    /// The files that the pod's containers get, where no container stands for the pod.
+    #[must_use]
+    pub fn files(&self) -> PathBuf {
+        self.state.join("files")
+    }
+
     /// What the guest's debug UART printed, with `enable_debug`.
     #[must_use]
     pub fn console(&self) -> PathBuf {

@@ -19,9 +19,9 @@ const DEFAULT_PERIOD: u64 = 100_000;
 const ROOM: u8 = 4;
 
 /// containerd's CRI tells the limits of a whole pod by these, Kubernetes 1.23 and later.
-const SANDBOX_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
-const SANDBOX_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
-const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
+pub(crate) const SANDBOX_PERIOD: &str = "io.kubernetes.cri.sandbox-cpu-period";
+pub(crate) const SANDBOX_QUOTA: &str = "io.kubernetes.cri.sandbox-cpu-quota";
+pub(crate) const SANDBOX_MEMORY: &str = "io.kubernetes.cri.sandbox-memory";
 
 /// What a container, or all of a sandbox, is limited to. Zero stands for no limit.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]

@@ -5,6 +5,7 @@
 //! runtime reaches the agent untouched.
 
 mod devices;
+mod pod;
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -132,6 +133,8 @@ pub struct GuestSpec {
     pub json: Vec<u8>,
     /// What the host must share first.
     pub binds: Vec<Bind>,
+    /// It is to be in the PID namespace of its sandbox.
+    pub sandbox_pidns: bool,
 }
 
 impl Spec {
@@ -162,9 +165,7 @@ impl Spec {
     /// Its annotations.
     #[must_use]
     pub fn annotations(&self) -> HashMap<String, String> {
-        let annotations = self.fields.get("annotations").and_then(Value::as_object);
-        let text = |(key, value): (&String, &Value)| Some((key.clone(), value.as_str()?.to_owned()));
-        annotations.into_iter().flatten().filter_map(text).collect()
+        text_map(self.fields.get("annotations"))
     }
 
     /// What it is limited to.
@@ -178,6 +179,21 @@ impl Spec {
     #[must_use]
     pub fn hostname(&self) -> &str {
         self.fields.get("hostname").and_then(Value::as_str).unwrap_or_default()
+    }
+
+    /// The kernel parameters of the sandbox that it stands for, by their names with dots.
+    #[must_use]
+    pub fn sysctls(&self) -> HashMap<String, String> {
+        text_map(self.fields.get("linux").and_then(|linux| linux.get("sysctl")))
+    }
+
+    /// The directory of the host that is its /dev/shm, unless that is the host's own.
+    #[must_use]
+    pub fn shared_memory(&self) -> Option<PathBuf> {
+        let mounts = self.fields.get("mounts").and_then(Value::as_array).into_iter().flatten();
+        let mut binds = mounts.filter_map(Value::as_object).map(MountEntry::of).filter(MountEntry::is_bind);
+        let source = binds.find(MountEntry::is_shared_memory)?.source;
+        (source != SHARED_MEMORY).then(|| PathBuf::from(source))
     }
 
     /// The cgroup that the host keeps the pod in; empty for none.
@@ -228,11 +244,17 @@ impl Spec {
             process.remove("apparmorProfile");
             process.remove("selinuxLabel");
         }
-        rewrite_linux(object(&mut self.fields, "linux"), id)?;
+        let sandbox_pidns = rewrite_linux(object(&mut self.fields, "linux"), id)?;
         let json = serde_json::to_vec(&self.fields)
             .map_err(|error| SpecError::Unreadable { path: self.bundle, problem: error.to_string() })?;
-        Ok(GuestSpec { json, binds })
+        Ok(GuestSpec { json, binds, sandbox_pidns })
     }
+}
+
+/// The texts of an object, by their names.
+fn text_map(value: Option<&Value>) -> HashMap<String, String> {
+    let text = |(key, value): (&String, &Value)| Some((key.clone(), value.as_str()?.to_owned()));
+    value.and_then(Value::as_object).into_iter().flatten().filter_map(text).collect()
 }
 
 /// The object of this name, made if there is none.
@@ -259,12 +281,13 @@ fn rewrite_hooks(fields: &mut Map<String, Value>) {
     });
 }
 
-fn rewrite_linux(linux: &mut Map<String, Value>, id: &str) -> Result<(), SpecError> {
+/// Answers what [`rewrite_namespaces`] does.
+fn rewrite_linux(linux: &mut Map<String, Value>, id: &str) -> Result<bool, SpecError> {
     linux.insert("cgroupsPath".to_owned(), json!(format!("/{id}")));
     // Labels and CPU cache classes of the host.
     linux.remove("mountLabel");
     linux.remove("intelRdt");
-    rewrite_namespaces(linux);
+    let sandbox_pidns = rewrite_namespaces(linux);
     if let Some(seccomp) = linux.get_mut("seccomp").and_then(Value::as_object_mut) {
         // A socket of the host.
         seccomp.remove("listenerPath");
@@ -274,7 +297,7 @@ fn rewrite_linux(linux: &mut Map<String, Value>, id: &str) -> Result<(), SpecErr
     if let Some(resources) = linux.get_mut("resources").and_then(Value::as_object_mut) {
         keep_guest_resources(resources);
     }
-    Ok(())
+    Ok(sandbox_pidns)
 }
 
 /// Keeps of a container's resources what means something in the guest.
@@ -291,22 +314,24 @@ pub fn keep_guest_resources(resources: &mut Map<String, Value>) {
 }
 
 /// The virtual machine is the pod's network; a namespace that the specification names by a path belongs to the pod, and
-/// the pod's own are the guest's.
-fn rewrite_namespaces(linux: &mut Map<String, Value>) {
-    let Some(namespaces) = linux.get_mut("namespaces").and_then(Value::as_array_mut) else { return };
+/// the pod's own are the guest's. Answers whether it names a PID namespace so: that is the agent's to find.
+fn rewrite_namespaces(linux: &mut Map<String, Value>) -> bool {
+    let mut sandbox_pidns = false;
+    let Some(namespaces) = linux.get_mut("namespaces").and_then(Value::as_array_mut) else { return false };
     namespaces.retain_mut(|namespace| {
         let kind = namespace.get("type").and_then(Value::as_str).unwrap_or_default().to_owned();
         let named = namespace.as_object_mut().and_then(|namespace| namespace.remove("path")).is_some();
         match kind.as_str() {
             "network" => false,
             "ipc" | "uts" => !named,
-            "pid" if named => {
-                tracing::warn!("the container gets a PID namespace of its own instead of the sandbox's");
+            "pid" => {
+                sandbox_pidns = named;
                 true
             }
             _ => true,
         }
     });
+    sandbox_pidns
 }
 
 /// Character devices that every guest has: path, major, minor (Documentation/admin-guide/devices.txt).
@@ -327,36 +352,68 @@ fn in_guest(major: i64, minor: i64) -> Option<&'static str> {
     GUEST_DEVICES.iter().find(|(_, a, b)| (*a, *b) == (major, minor)).map(|(path, _, _)| *path)
 }
 
+/// POSIX shared memory, in a container and in the guest.
+const SHARED_MEMORY: &str = "/dev/shm";
+
+/// A mount as the specification has it.
+struct MountEntry {
+    kind: String,
+    source: String,
+    destination: String,
+    options: Vec<String>,
+}
+
+impl MountEntry {
+    fn of(mount: &Map<String, Value>) -> Self {
+        let text = |key: &str| mount.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
+        let options = mount.get("options").and_then(Value::as_array).into_iter().flatten();
+        let options = options.filter_map(Value::as_str).map(str::to_owned).collect();
+        Self { kind: text("type"), source: text("source"), destination: text("destination"), options }
+    }
+
+    fn has(&self, option: &str) -> bool {
+        self.options.iter().any(|found| found == option)
+    }
+
+    fn is_bind(&self) -> bool {
+        self.kind == "bind" || self.has("rbind") || self.has("bind")
+    }
+
+    fn is_shared_memory(&self) -> bool {
+        self.destination.trim_end_matches('/') == SHARED_MEMORY
+    }
+
+    fn bad(&self, problem: String) -> SpecError {
+        SpecError::Mount { source_path: self.source.clone(), destination: self.destination.clone(), problem }
+    }
+}
+
 fn rewrite_mounts(fields: &mut Map<String, Value>, id: &str) -> Result<Vec<Bind>, SpecError> {
     let mut binds = Vec::new();
     for mount in fields.get_mut("mounts").and_then(Value::as_array_mut).into_iter().flatten() {
         let Some(mount) = mount.as_object_mut() else { continue };
-        let text = |key: &str| mount.get(key).and_then(Value::as_str).unwrap_or_default().to_owned();
-        let (kind, source, destination) = (text("type"), text("source"), text("destination"));
-        let has = |name: &str| {
-            mount.get("options").and_then(Value::as_array).into_iter().flatten().any(|option| option == name)
-        };
-        let recursive = has("rbind");
-        let bad = |problem: String| SpecError::Mount {
-            source_path: source.clone(),
-            destination: destination.clone(),
-            problem,
-        };
-        if kind == "bind" || recursive || has("bind") {
-            let path = if destination.trim_end_matches('/') == "/dev/shm" {
-                // Shared by the pod's containers, so it is the guest's own.
-                "/dev/shm".to_owned()
-            } else if let Some(path) = device_in_guest(Path::new(&source)).map_err(bad)? {
-                path.to_owned()
-            } else {
-                let number = binds.len();
-                binds.push(Bind { number, source: PathBuf::from(&source), recursive });
-                format!("{SHARED_DIR}/{id}/mounts/{number}")
-            };
-            mount.insert("source".to_owned(), json!(path));
-        } else if source.starts_with("/dev/") {
-            return Err(bad(format!("file system {kind} on a device of the host; mount it there and bind it")));
+        let entry = MountEntry::of(mount);
+        if !entry.is_bind() {
+            if entry.source.starts_with("/dev/") {
+                let kind = &entry.kind;
+                return Err(
+                    entry.bad(format!("file system {kind} on a device of the host; mount it there and bind it"))
+                );
+            }
+            continue;
         }
+        let path = if entry.is_shared_memory() {
+            // Shared by the pod's containers, so it is the guest's own.
+            SHARED_MEMORY.to_owned()
+        } else if let Some(path) = device_in_guest(Path::new(&entry.source)).map_err(|why| entry.bad(why))? {
+            path.to_owned()
+        } else {
+            let number = binds.len();
+            let recursive = entry.has("rbind");
+            binds.push(Bind { number, source: PathBuf::from(entry.source), recursive });
+            format!("{SHARED_DIR}/{id}/mounts/{number}")
+        };
+        mount.insert("source".to_owned(), json!(path));
     }
     Ok(binds)
 }

@@ -34,6 +34,8 @@ pub const CONNECTED: &[u8] = b"connected\n";
 /// Environment variable with the stamps of `start` for the timeline: `name=nanoseconds,…`.
 pub const STAMPS_VARIABLE: &str = "KATA_START_STAMPS";
 
+/// The plugin of containerd that makes sandboxes by their shims, and has a directory of its name.
+const SANDBOXES: &str = "io.containerd.sandbox.controller.v1.shim";
 /// The pod process has only its sockets to make until it answers.
 const READY_DEADLINE: Duration = Duration::from_secs(10);
 /// A pod process gives containerd less than this to connect, and then ends by itself.
@@ -124,9 +126,18 @@ fn sandbox_of(bundle: &Path, id: &str) -> Result<String, StartError> {
         File::open(bundle.join("config.json"))?.take(protocols::MAX_SPEC as u64).read_to_end(&mut text)?;
         Ok(serde_json::from_slice(&text)?)
     };
-    let spec = read().map_err(|source| StartError::Bundle { path: bundle.to_owned(), source })?;
+    let spec = match read() {
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound && is_of_sandbox(bundle) => return Ok(id.to_owned()),
+        read => read.map_err(|source| StartError::Bundle { path: bundle.to_owned(), source })?,
+    };
     let annotations = spec.annotations.unwrap_or_default();
     Ok(crate::spec::Role::of(&annotations, id).sandbox().to_owned())
+}
+
+/// Whether containerd made the bundle for a sandbox that the Sandbox API will describe, which has no specification: those
+/// lie at `STATE/SANDBOXES/<namespace>/<id>`.
+fn is_of_sandbox(bundle: &Path) -> bool {
+    bundle.ancestors().nth(2).and_then(Path::file_name).is_some_and(|name| name == SANDBOXES)
 }
 
 fn print_address(bundle: &Path, paths: &Paths) -> Result<(), StartError> {
@@ -219,5 +230,23 @@ fn abandon(child: &mut Child, paths: &Paths) {
     }
     if let Err(error) = delete::undo(paths) {
         eprintln!("{BINARY}: {}", crate::error::chain(&error));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bundle_without_a_specification_is_a_sandbox_s_only_where_containerd_keeps_those() {
+        let state = tempfile::tempdir().unwrap();
+        let of = |parent: &str| {
+            let bundle = state.path().join(parent).join("k8s.io/pod");
+            std::fs::create_dir_all(&bundle).unwrap();
+            sandbox_of(&bundle, "pod")
+        };
+        assert_eq!(of(SANDBOXES).unwrap(), "pod");
+        let error = of("io.containerd.runtime.v2.task").unwrap_err();
+        assert!(error.to_string().contains("config.json"), "{error}");
     }
 }

@@ -5,9 +5,10 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::mount::{MntFlags, umount2};
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
@@ -15,12 +16,19 @@ use nix::sys::signal::Signal;
 use crate::event::{Deadline, wait};
 use crate::pidfd::Pidfd;
 
+/// What a containerd is for.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+pub enum Purpose {
+    /// Containers one by one.
+    Containers,
+    /// Pods as well, by the CRI.
+    Pods,
+}
+
+/// The plugins of the CRI.
+const CRI: &[&str] = &["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images", "io.containerd.cri.v1.runtime"];
 /// Plugins that the suites do not use; some of them need what a small machine does not have.
 const WITHOUT: &[&str] = &[
-    "io.containerd.grpc.v1.cri",
-    "io.containerd.cri.v1.images",
-    "io.containerd.cri.v1.runtime",
-    "io.containerd.grpc.v1.sandbox-controllers",
     "io.containerd.internal.v1.opt",
     "io.containerd.nri.v1.nri",
     "io.containerd.snapshotter.v1.blockfile",
@@ -30,12 +38,29 @@ const WITHOUT: &[&str] = &[
     "io.containerd.tracing.processor.v1.otlp",
 ];
 
+/// The runtime handler of this stack's pods that are made by the Sandbox API, where containerd knows it.
+pub const BY_SANDBOX_API: &str = "kata-sandbox-api";
+/// The image that holds a pod of a runtime without virtual machines.
+pub const PAUSE: &str = "docker.io/library/pause:latest";
+/// Where Debian has the plugins that make networks of pods (package containernetworking-plugins).
+const CNI_PLUGINS: &str = "/usr/lib/cni";
+/// What is done to have one: nothing of it outlives its pod.
+const CNI_NETWORK: &str = r#"{
+  "cniVersion": "1.0.0",
+  "name": "suites",
+  "plugins": [{
+    "type": "ptp",
+    "ipam": { "type": "host-local", "ranges": [[{ "subnet": "10.79.0.0/24" }]], "routes": [{ "dst": "0.0.0.0/0" }] }
+  }]
+}"#;
+
 /// A containerd that runs. Dropped, it is ended and its directories are removed.
 #[derive(Debug)]
 pub struct Containerd {
-    child: Child,
-    pidfd: Pidfd,
+    process: Mutex<(Child, Pidfd)>,
     directory: PathBuf,
+    program: PathBuf,
+    environment: Vec<(String, PathBuf)>,
 }
 
 impl Containerd {
@@ -45,27 +70,47 @@ impl Containerd {
     ///
     /// # Errors
     /// With the end of its log when it ends or does not serve before the deadline.
-    pub fn start(program: &Path, directory: &Path, environment: &[(&str, &Path)], deadline: Deadline) -> Result<Self> {
-        fs::create_dir_all(directory).with_context(|| format!("Cannot create {}", directory.display()))?;
-        let config = directory.join("config.toml");
-        fs::write(&config, configuration(directory)).with_context(|| format!("Cannot write {}", config.display()))?;
-        let log = fs::File::create(directory.join("log")).context("Cannot create containerd's log")?;
-        let notice = directory.join("notify.sock");
-        let ready = UnixDatagram::bind(&notice).with_context(|| format!("Cannot bind {}", notice.display()))?;
-        let child = Command::new(program)
-            .arg("--config")
-            .arg(&config)
-            .env("NOTIFY_SOCKET", &notice)
-            .envs(environment.iter().copied())
-            .stdin(Stdio::null())
-            .stdout(log.try_clone()?)
-            .stderr(log)
-            .spawn()
-            .with_context(|| format!("Cannot run {}", program.display()))?;
-        let pidfd = Pidfd::open(i32::try_from(child.id())?).context("pidfd_open")?;
-        let containerd = Self { child, pidfd, directory: directory.to_owned() };
-        containerd.until_ready(&ready, deadline)?;
-        Ok(containerd)
+    pub fn start(
+        program: &Path,
+        directory: &Path,
+        purpose: Purpose,
+        environment: &[(&str, &Path)],
+        deadline: Deadline,
+    ) -> Result<Self> {
+        let networks = directory.join("cni");
+        fs::create_dir_all(&networks).with_context(|| format!("Cannot create {}", networks.display()))?;
+        for (file, content) in [
+            (config(directory), configuration(directory, purpose)),
+            (networks.join("suites.conflist"), CNI_NETWORK.to_owned()),
+        ] {
+            fs::write(&file, content).with_context(|| format!("Cannot write {}", file.display()))?;
+        }
+        if purpose == Purpose::Pods {
+            // containerd's own, made with its first pod of the Sandbox API and never removed.
+            let sandboxes = directory.join("state/io.containerd.sandbox.controller.v1.shim/k8s.io");
+            fs::create_dir_all(&sandboxes).with_context(|| format!("Cannot create {}", sandboxes.display()))?;
+        }
+        let environment: Vec<_> =
+            environment.iter().map(|(name, value)| ((*name).to_owned(), value.to_path_buf())).collect();
+        let process = Mutex::new(spawn(program, directory, &environment, deadline)?);
+        let (directory, program) = (directory.to_owned(), program.to_owned());
+        Ok(Self { process, directory, program, environment })
+    }
+
+    /// Ends it by `signal`, does what is to be done `meanwhile`, and starts it again; the pods and containers go on.
+    ///
+    /// # Errors
+    /// As [`Self::start`], and those of `meanwhile`.
+    pub fn restart(&self, signal: Signal, meanwhile: impl FnOnce() -> Result<()>, deadline: Deadline) -> Result<()> {
+        let mut process = self.process.lock().unwrap_or_else(PoisonError::into_inner);
+        let (child, pidfd) = &mut *process;
+        pidfd.signal(signal).context("containerd cannot be ended")?;
+        let ended = wait(&[(pidfd.as_fd(), PollFlags::POLLIN)], deadline)?;
+        ensure!(ended.is_some(), "containerd does not end");
+        child.wait().context("containerd's end")?;
+        let done = meanwhile();
+        *process = spawn(&self.program, &self.directory, &self.environment, deadline)?;
+        done
     }
 
     /// Its socket.
@@ -86,44 +131,89 @@ impl Containerd {
         self.directory.join("state")
     }
 
+    /// Its configuration file.
+    #[must_use]
+    pub fn config(&self) -> PathBuf {
+        config(&self.directory)
+    }
+
     /// Its log.
     #[must_use]
     pub fn log(&self) -> PathBuf {
         self.directory.join("log")
     }
+}
 
-    /// containerd says so itself (sd_notify(3)).
-    fn until_ready(&self, ready: &UnixDatagram, deadline: Deadline) -> Result<()> {
-        loop {
-            let fds = [(ready.as_fd(), PollFlags::POLLIN), (self.pidfd.as_fd(), PollFlags::POLLIN)];
-            let Some(events) = wait(&fds, deadline)? else { bail!("containerd does not serve; {}", self.log_end()) };
-            if events[1] {
-                bail!("containerd ended; {}", self.log_end());
-            }
-            let mut message = [0; 256];
-            let count = ready.recv(&mut message)?;
-            if String::from_utf8_lossy(&message[..count]).lines().any(|line| line == "READY=1") {
-                return Ok(());
-            }
+fn config(directory: &Path) -> PathBuf {
+    directory.join("config.toml")
+}
+
+/// Starts containerd and waits until it says that it serves (sd_notify(3)).
+fn spawn(
+    program: &Path,
+    directory: &Path,
+    environment: &[(String, PathBuf)],
+    deadline: Deadline,
+) -> Result<(Child, Pidfd)> {
+    let log = fs::OpenOptions::new().create(true).append(true).open(directory.join("log"));
+    let log = log.context("Cannot open containerd's log")?;
+    let notice = directory.join("notify.sock");
+    // That of the one before.
+    fs::remove_file(&notice).ok();
+    let ready = UnixDatagram::bind(&notice).with_context(|| format!("Cannot bind {}", notice.display()))?;
+    let mut child = Command::new(program)
+        .arg("--config")
+        .arg(config(directory))
+        .env("NOTIFY_SOCKET", &notice)
+        .envs(environment.iter().map(|(name, value)| (name, value)))
+        .stdin(Stdio::null())
+        .stdout(log.try_clone()?)
+        .stderr(log)
+        .spawn()
+        .with_context(|| format!("Cannot run {}", program.display()))?;
+    let serves = Pidfd::open(i32::try_from(child.id())?).context("pidfd_open").and_then(|pidfd| {
+        until_ready(&ready, &pidfd, deadline).with_context(|| log_end(directory))?;
+        Ok(pidfd)
+    });
+    match serves {
+        Ok(pidfd) => Ok((child, pidfd)),
+        Err(error) => {
+            child.kill().ok();
+            child.wait().ok();
+            Err(error)
         }
     }
+}
 
-    fn log_end(&self) -> String {
-        let log = fs::read_to_string(self.log()).unwrap_or_default();
-        let lines: Vec<&str> = log.lines().rev().take(10).collect();
-        let lines: String = lines.iter().rev().map(|line| format!("\n  {line}")).collect();
-        format!("the end of its log:{lines}")
+fn until_ready(ready: &UnixDatagram, pidfd: &Pidfd, deadline: Deadline) -> Result<()> {
+    loop {
+        let fds = [(ready.as_fd(), PollFlags::POLLIN), (pidfd.as_fd(), PollFlags::POLLIN)];
+        let Some(events) = wait(&fds, deadline)? else { bail!("containerd does not serve") };
+        ensure!(!events[1], "containerd ended");
+        let mut message = [0; 256];
+        let count = ready.recv(&mut message)?;
+        if String::from_utf8_lossy(&message[..count]).lines().any(|line| line == "READY=1") {
+            return Ok(());
+        }
     }
+}
+
+fn log_end(directory: &Path) -> String {
+    let log = fs::read_to_string(directory.join("log")).unwrap_or_default();
+    let lines: Vec<&str> = log.lines().rev().take(10).collect();
+    let lines: String = lines.iter().rev().map(|line| format!("\n  {line}")).collect();
+    format!("the end of its log:{lines}")
 }
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        self.pidfd.signal(Signal::SIGTERM).ok();
-        let ended = wait(&[(self.pidfd.as_fd(), PollFlags::POLLIN)], Deadline::after(Duration::from_secs(30)));
+        let (child, pidfd) = self.process.get_mut().unwrap_or_else(PoisonError::into_inner);
+        pidfd.signal(Signal::SIGTERM).ok();
+        let ended = wait(&[(pidfd.as_fd(), PollFlags::POLLIN)], Deadline::after(Duration::from_secs(30)));
         if !matches!(ended, Ok(Some(_))) {
-            self.child.kill().ok();
+            child.kill().ok();
         }
-        self.child.wait().ok();
+        child.wait().ok();
         let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
         let points = mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
         for point in points.filter(|point| point.starts_with(&self.directory)) {
@@ -135,38 +225,32 @@ impl Drop for Containerd {
     }
 }
 
-fn configuration(directory: &Path) -> String {
+fn configuration(directory: &Path, purpose: Purpose) -> String {
     let path = |name: &str| toml::Value::String(directory.join(name).display().to_string());
-    let without: Vec<toml::Value> = WITHOUT.iter().map(|plugin| toml::Value::String((*plugin).to_owned())).collect();
-    let without = toml::Value::Array(without);
+    let (without, pods) = match purpose {
+        Purpose::Containers => ([CRI, WITHOUT].concat(), String::new()),
+        Purpose::Pods => (WITHOUT.to_vec(), pods(&path("cni"))),
+    };
+    let without =
+        toml::Value::Array(without.into_iter().map(|plugin| toml::Value::String(plugin.to_owned())).collect());
     let (root, state, address) = (path("root"), path("state"), path("containerd.sock"));
     let temp = path("temp");
     // Version 2 is read by 1.x and 2.x alike.
     format!(
         "version = 2\nroot = {root}\nstate = {state}\ntemp = {temp}\ndisabled_plugins = {without}\n\
-         [grpc]\naddress = {address}\n[debug]\nlevel = \"info\"\n[metrics]\naddress = \"\"\n"
+         [grpc]\naddress = {address}\n[debug]\nlevel = \"info\"\n[metrics]\naddress = \"\"\n{pods}"
     )
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_configuration_is_toml_and_names_only_the_suites_directories() {
-        let configuration: toml::Table = configuration(Path::new("/run/a \"b\"")).parse().unwrap();
-        assert_eq!(configuration["root"].as_str(), Some("/run/a \"b\"/root"));
-        assert_eq!(configuration["state"].as_str(), Some("/run/a \"b\"/state"));
-        assert_eq!(configuration["grpc"]["address"].as_str(), Some("/run/a \"b\"/containerd.sock"));
-    }
-
-    #[test]
-    fn a_containerd_that_ends_at_once_is_told_with_its_log() {
-        let directory = tempfile::tempdir().unwrap();
-        let own = directory.path().join("own");
-        let deadline = Deadline::after(Duration::from_secs(30));
-        let error = Containerd::start(Path::new("/bin/ls"), &own, &[], deadline).unwrap_err().to_string();
-        assert!(error.contains("containerd ended") && error.contains("--config"), "{error}");
-        assert!(!own.exists());
-    }
+/// How pods are made, with the networks of the directory `networks`.
+fn pods(networks: &toml::Value) -> String {
+    const CRI: &str = "plugins.\"io.containerd.grpc.v1.cri\"";
+    format!(
+        "[{CRI}]\nsandbox_image = \"{PAUSE}\"\n\
+         [{CRI}.cni]\nbin_dir = \"{CNI_PLUGINS}\"\nconf_dir = {networks}\n\
+         [{CRI}.containerd.runtimes.kata]\nruntime_type = \"io.containerd.kata.v2\"\n\
+         pod_annotations = [\"io.katacontainers.*\"]\nprivileged_without_host_devices = true\n\
+         [{CRI}.containerd.runtimes.{BY_SANDBOX_API}]\nruntime_type = \"io.containerd.kata.v2\"\nsandboxer = \"shim\"\n\
+         [{CRI}.containerd.runtimes.runc]\nruntime_type = \"io.containerd.runc.v2\"\n"
+    )
 }

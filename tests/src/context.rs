@@ -6,10 +6,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use nix::sys::signal::Signal;
 
 use crate::cases::devices::HostDevices;
 use crate::containerd::Containerd;
+use crate::cri::Cri;
 use crate::ctr::Ctr;
+use crate::event::Deadline;
 use crate::kata_config::KataConfig;
 use crate::leftovers::Scope;
 use crate::second_chance::SecondChances;
@@ -31,6 +34,8 @@ pub struct Images {
     pub busybox: PathBuf,
     /// [`DEBIAN`].
     pub debian: PathBuf,
+    /// [`PAUSE`](crate::containerd::PAUSE).
+    pub pause: PathBuf,
 }
 
 /// What every case gets.
@@ -40,6 +45,8 @@ pub struct Context {
     pub stack: Stack,
     /// The client, set to the runtime under test.
     pub ctr: Ctr,
+    /// The client as a kubelet is one, set to the runtime under test.
+    pub cri: Cri,
     /// What the leftover check looks at.
     pub scope: Scope,
     /// The shim of the runtime under test.
@@ -50,6 +57,8 @@ pub struct Context {
     pub work: PathBuf,
     /// Devices that containers may have, where the machine has some.
     pub devices: Option<HostDevices>,
+    /// Whether containerd serves the CRI, by which pods are made.
+    pub pods: bool,
     /// How many times slower than metal the machine is: deadlines are multiplied by it.
     pub slowness: u32,
     /// How many cases may still run again.
@@ -72,14 +81,18 @@ impl Context {
     ) -> Result<Self> {
         std::fs::create_dir_all(work).with_context(|| format!("Cannot create {}", work.display()))?;
         let (ctr, shim) = (stack.ctr.clone(), shim_program(&stack.ctr.runtime, search_path));
+        let handler = if ctr.runtime == KATA { "kata" } else { "runc" };
+        let cri = Cri::connect(&ctr.address, handler, ctr.patience)?;
         Ok(Self {
             stack,
             ctr,
+            cri,
             scope,
             shim,
             images,
             work: work.to_owned(),
             devices: None,
+            pods: false,
             slowness,
             second_chances: SecondChances::new(false),
             next: AtomicU32::new(0),
@@ -98,6 +111,16 @@ impl Context {
         self.stack.own.as_ref().map(Containerd::log)
     }
 
+    /// Ends the suites' containerd by `signal`, does what is to be done `meanwhile`, and starts it again.
+    ///
+    /// # Errors
+    /// When the suites did not start one, or it does not come up again.
+    pub fn restart_containerd(&self, signal: Signal, meanwhile: impl FnOnce() -> Result<()>) -> Result<()> {
+        let own = self.stack.own.as_ref();
+        let own = own.context("This needs a containerd of the suites' own: give --containerd")?;
+        own.restart(signal, meanwhile, Deadline::after(self.within(30)))
+    }
+
     /// Whether the runtime under test runs containers in virtual machines.
     #[must_use]
     pub fn is_kata(&self) -> bool {
@@ -114,6 +137,12 @@ impl Context {
     #[must_use]
     pub fn other_namespace(&self) -> Ctr {
         Ctr { namespace: format!("{}-other", self.ctr.namespace), ..self.ctr.clone() }
+    }
+
+    /// The client in the namespace of pods.
+    #[must_use]
+    pub fn of_pods(&self) -> Ctr {
+        Ctr { namespace: "k8s.io".to_owned(), ..self.ctr.clone() }
     }
 
     /// A container id that no other case uses; it says what for.

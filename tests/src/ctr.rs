@@ -128,6 +128,15 @@ impl Ctr {
         }
         Ok(found)
     }
+
+    /// Has containerd remove what nothing refers to, and waits for it: the end of a lease can ask for that.
+    ///
+    /// # Errors
+    /// When ctr fails.
+    pub fn collect_garbage(&self) -> Result<()> {
+        self.ok(&["leases", "create", "--id", "garbage"])?;
+        self.ok(&["leases", "delete", "--sync", "garbage"]).map(drop)
+    }
 }
 
 /// A line of `ctr task ls`.

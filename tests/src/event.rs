@@ -4,7 +4,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
@@ -61,6 +61,20 @@ pub fn readable(fd: BorrowedFd<'_>, what: &str, deadline: Deadline) -> Result<()
         Some(_) => Ok(()),
         None => bail!("Waited in vain for {what}"),
     }
+}
+
+/// Waits until `name` is in `directory`.
+///
+/// # Errors
+/// At the deadline, and when there is no such directory.
+pub fn appears(directory: &Path, name: &str, deadline: Deadline) -> Result<()> {
+    let watch = Watch::new()?;
+    ensure!(watch.add(directory)?, "There is no {}", directory.display());
+    while !directory.join(name).exists() {
+        readable(watch.as_fd(), name, deadline)?;
+        watch.drain();
+    }
+    Ok(())
 }
 
 /// Changes of the files in a set of directories (inotify(7)).

@@ -22,6 +22,8 @@ pub struct Case {
     pub services: bool,
     /// Whether it needs devices of the machine for its containers.
     pub devices: bool,
+    /// Whether it makes pods through the CRI.
+    pub pods: bool,
     /// Shows that it holds.
     pub run: fn(&Context) -> Result<()>,
 }
@@ -39,13 +41,19 @@ impl Case {
     /// A case about every runtime.
     #[must_use]
     pub const fn any(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
-        Self { name, about: About::Any, services: false, devices: false, run }
+        Self { name, about: About::Any, services: false, devices: false, pods: false, run }
     }
 
     /// The same case, with the image of real services.
     #[must_use]
     pub const fn with_services(self) -> Self {
         Self { services: true, ..self }
+    }
+
+    /// The same case, with pods.
+    #[must_use]
+    pub const fn with_pods(self) -> Self {
+        Self { pods: true, ..self }
     }
 
     /// A case about this stack alone, for machines with devices that containers may have.
@@ -57,7 +65,7 @@ impl Case {
     /// A case about this stack alone.
     #[must_use]
     pub const fn kata(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
-        Self { name, about: About::Kata, services: false, devices: false, run }
+        Self { name, about: About::Kata, services: false, devices: false, pods: false, run }
     }
 }
 
@@ -67,7 +75,8 @@ pub fn trial(case: Case, context: &Arc<Mutex<Context>>) -> Trial {
     let context = Arc::clone(context);
     let of_other_machine = {
         let context = context.lock().unwrap_or_else(PoisonError::into_inner);
-        case.about == About::Kata && !context.is_kata() || case.devices && context.devices.is_none()
+        let lacks = case.devices && context.devices.is_none() || case.pods && !context.pods;
+        lacks || case.about == About::Kata && !context.is_kata()
     };
     Trial::test(case.name, move || {
         let context = context.lock().unwrap_or_else(PoisonError::into_inner);
@@ -113,7 +122,8 @@ fn guarded(case: &Case, context: &Context) -> Result<()> {
     let before = Snapshot::take(&context.scope)?;
     mark_log(context);
     let result = (case.run)(context);
-    let swept = [context.ctr.sweep(), context.other_namespace().sweep()].into_iter().collect::<Result<Vec<_>>>();
+    let pods = if case.pods { sweep_pods(context) } else { Ok(Vec::new()) };
+    let swept = [pods, context.ctr.sweep(), context.other_namespace().sweep()].into_iter().collect::<Result<Vec<_>>>();
     let files = empty(&context.work);
     let left = settle(&before, &context.scope, Deadline::after(context.within(10)))?;
     result?;
@@ -123,6 +133,13 @@ fn guarded(case: &Case, context: &Context) -> Result<()> {
     }
     files.context("The case's own files cannot be removed")?;
     if left.is_empty() { Ok(()) } else { Err(anyhow!("Something stays behind{}", describe(&left))) }
+}
+
+/// Removes pods; what they had in containerd's store goes when it looks for garbage, and that may be long after.
+fn sweep_pods(context: &Context) -> Result<Vec<String>> {
+    let swept = context.cri.sweep()?;
+    context.of_pods().collect_garbage()?;
+    Ok(swept)
 }
 
 fn empty(directory: &Path) -> Result<()> {

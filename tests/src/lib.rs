@@ -1,12 +1,13 @@
 //! End-to-end suites that drive a real containerd on the machine under test.
 //!
-//! A case is a function that drives containerd by `ctr`, as a user would. Every case runs
+//! A case is a function that drives containerd by `ctr`, as a user would, or by the CRI, as a kubelet would. Every case runs
 //! between two looks at the machine ([`leftovers`]): what is there afterwards and was not
 //! there before fails the case, whatever else it found.
 
 pub mod cases;
 pub mod containerd;
 pub mod context;
+pub mod cri;
 pub mod ctr;
 pub mod debian_kernel;
 pub mod event;

@@ -1,9 +1,8 @@
 //! What a failure means on a machine whose CPUs are emulated.
 //!
-//! QEMU's emulation of SVM now and then delivers an interrupt to a guest twice, the second time with interrupts off
-//! (`docs/architecture.md`, "The lab"). That kills or hangs about one guest in some hundred, whatever runs in it. A case
-//! that failed because its guest did is therefore run once more there, a few times in a run at most, and it is said: at
-//! once, and at the end of the run.
+//! QEMU's emulation of SVM has faults that kill or hang guests, whatever runs in them; those that are known are mended
+//! (`docs/architecture.md`, "The lab"). A case that failed because its guest did is therefore run once more there, a few times
+//! in a run at most, and it is said: at once, and at the end of the run.
 
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Mutex, PoisonError};

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
 
-use crate::containerd::Containerd;
+use crate::containerd::{Containerd, Purpose};
 use crate::ctr::Ctr;
 use crate::event::Deadline;
 use crate::kata_config::{KataConfig, OVERRIDE};
@@ -25,7 +25,7 @@ pub struct Options {
     /// Directory that holds the installed stack instead of /: nothing needs to be installed then.
     #[arg(long, value_name = "DIRECTORY", requires = "containerd")]
     pub dist: Option<PathBuf>,
-    /// Directory with busybox.tar and debian.tar, made by `rootfs-builder oci`.
+    /// Directory with busybox.tar, debian.tar and, for pods, pause.tar, made by `rootfs-builder oci`.
     #[arg(long, value_name = "DIRECTORY", default_value = "target/images")]
     pub images: PathBuf,
     /// How many times slower than metal this machine is: all deadlines are multiplied by it.
@@ -45,18 +45,18 @@ pub struct Stack {
 }
 
 impl Stack {
-    /// Starts a containerd below `work`, or takes the one that runs.
+    /// Starts a containerd for `purpose` below `work`, or takes the one that runs.
     ///
     /// # Errors
     /// When neither is asked for, it does not come up, or the stack is not installed.
-    pub fn new(options: &Options, runtime: &str, namespace: &str, work: &Path) -> Result<Self> {
+    pub fn new(options: &Options, purpose: Purpose, runtime: &str, namespace: &str, work: &Path) -> Result<Self> {
         let path = match options.containerd {
             Some(_) => work.join("configuration.toml"),
             None => PathBuf::from(OVERRIDE),
         };
         let config = KataConfig::at(&path, options.dist.as_deref(), options.slowness)?;
         let own = match &options.containerd {
-            Some(program) => Some(start(program, &config, options, work)?),
+            Some(program) => Some(start(program, purpose, &config, options, work)?),
             None => None,
         };
         let address = match (&own, &options.address) {
@@ -92,12 +92,12 @@ pub fn search_path(options: &Options) -> std::ffi::OsString {
     std::env::join_paths(all).unwrap_or(before)
 }
 
-fn start(program: &Path, config: &KataConfig, options: &Options, work: &Path) -> Result<Containerd> {
+fn start(program: &Path, purpose: Purpose, config: &KataConfig, options: &Options, work: &Path) -> Result<Containerd> {
     // The file exists from the beginning: the runtime must never look at another one.
     config.write()?;
     let path = search_path(options);
     let environment = [("KATA_CONF_FILE", config.path()), ("PATH", Path::new(&path))];
     let deadline = Deadline::after(Duration::from_secs(30) * options.slowness);
-    Containerd::start(program, &work.join("containerd"), &environment, deadline)
+    Containerd::start(program, &work.join("containerd"), purpose, &environment, deadline)
         .with_context(|| format!("{} does not come up", program.display()))
 }

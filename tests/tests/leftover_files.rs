@@ -22,7 +22,8 @@ fn of_directory(things: Vec<Thing>, directory: &Path) -> Vec<Thing> {
 fn a_planted_directory_file_and_socket_are_found_and_their_end_is_seen() {
     let directory = tempfile::tempdir().unwrap();
     let marker = format!("leftovers-test-{}", std::process::id());
-    let scope = Scope { marker, programs: Vec::new(), directories: vec![(directory.path().to_owned(), 3)] };
+    let scope =
+        Scope { marker, programs: Vec::new(), directories: vec![(directory.path().to_owned(), 3)], daemon: None };
     let before = Snapshot::take(&scope).unwrap();
     let planted = directory.path().join("sandbox");
     fs::create_dir(&planted).unwrap();

@@ -2,21 +2,21 @@
 
 use std::fs;
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use libcontainer::apparmor;
 use oci_spec::runtime::{LinuxDeviceCgroup, LinuxNamespaceType, Process, Root, Spec};
 use pathrs::flags::OpenFlags;
 
-use super::{Error, Stage};
+use super::{Create, Error, Stage};
 use crate::cgroup::Cgroup;
 
 /// Largest /etc/passwd that is searched for a home directory.
 const PASSWD_LIMIT: u64 = 1 << 20;
 
 /// Makes a specification that libcontainer can run in this guest.
-pub(super) fn adapt(spec: &mut Spec, id: &str, rootfs: Option<PathBuf>, terminal: bool) -> Result<(), Error> {
-    if let Some(path) = rootfs {
+pub(super) fn adapt(spec: &mut Spec, container: &Create) -> Result<(), Error> {
+    if let Some(path) = container.rootfs.clone() {
         let mut root = Root::default();
         root.set_readonly(spec.root().as_ref().and_then(Root::readonly));
         root.set_path(path);
@@ -29,9 +29,15 @@ pub(super) fn adapt(spec: &mut Spec, id: &str, rootfs: Option<PathBuf>, terminal
     }
     apply_sandbox_sysctls(spec)?;
     let linux = spec.linux_mut().as_mut().ok_or("the spec has no linux section")?;
-    linux.set_cgroups_path(Some(Cgroup::oci_path(id)));
+    linux.set_cgroups_path(Some(Cgroup::oci_path(&container.id)));
+    if let Some(path) = &container.pid_namespace {
+        let namespaces = linux.namespaces_mut().iter_mut().flatten();
+        for namespace in namespaces.filter(|namespace| namespace.typ() == LinuxNamespaceType::Pid) {
+            namespace.set_path(Some(path.clone()));
+        }
+    }
     let process = spec.process_mut().as_mut().ok_or("the spec has no process")?;
-    adapt_process(process, &root, terminal);
+    adapt_process(process, &root, container.stdio.console.is_some());
     Ok(())
 }
 

@@ -193,23 +193,36 @@ pub struct Replay {
 ///
 /// [`JournalError`] when the file cannot be read. A failed step is no error but in [`Replay::failures`].
 pub fn replay(path: &Path) -> Result<Replay, JournalError> {
+    replay_if(path, |_| true).map(Option::unwrap_or_default)
+}
+
+/// As [`replay`], unless `wanted` says no to the processes that the journal records. That is asked while nobody else
+/// replays it and before anything is done: a sweeper that found the owner of a path dead must not end the next one.
+///
+/// # Errors
+///
+/// As [`replay`].
+pub fn replay_if(path: &Path, wanted: impl FnOnce(&[ProcessId]) -> bool) -> Result<Option<Replay>, JournalError> {
     let fail = |source| JournalError::Io { path: path.to_owned(), source };
     let file = match File::open(path) {
         Ok(file) => file,
-        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Replay::default()),
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Some(Replay::default())),
         Err(error) => return Err(fail(error)),
     };
     let mut file = lock(file, path, REPLAY_DEADLINE)?;
     let metadata = file.metadata().map_err(fail)?;
     if metadata.nlink() == 0 {
         // Whoever held the lock has undone everything.
-        return Ok(Replay { found: true, ..Replay::default() });
+        return Ok(Some(Replay { found: true, ..Replay::default() }));
     }
     let size = metadata.len();
     if size > MAX_JOURNAL {
         return Err(JournalError::TooLarge { path: path.to_owned(), size });
     }
     let mut open = read_open(&mut file, path)?;
+    if !wanted(&processes(open.iter().map(|(_, effect)| effect))) {
+        return Ok(None);
+    }
     end_processes(&mut file, path, &mut open)?;
 
     let mut replay = Replay { found: true, ..Replay::default() };
@@ -225,7 +238,7 @@ pub fn replay(path: &Path) -> Result<Replay, JournalError> {
             _ => {}
         }
     }
-    Ok(replay)
+    Ok(Some(replay))
 }
 
 /// Waits for other replays of the same journal: the kernel ends their locks when they end, in whatever way.
@@ -251,18 +264,29 @@ fn lock(file: File, path: &Path, deadline: Duration) -> Result<Flock<File>, Jour
 ///
 /// [`JournalError::Io`] when the file cannot be read.
 pub fn owners(path: &Path) -> Result<Vec<ProcessId>, JournalError> {
+    Ok(processes(&standing(path)?))
+}
+
+/// The processes among these effects.
+fn processes<'a>(effects: impl IntoIterator<Item = &'a Effect>) -> Vec<ProcessId> {
+    let process = |effect: &Effect| match effect {
+        Effect::Process { process } => Some(*process),
+        _ => None,
+    };
+    effects.into_iter().filter_map(process).collect()
+}
+
+/// The effects that a journal records and that are not undone, in the order of recording. None for a missing file.
+///
+/// # Errors
+///
+/// [`JournalError::Io`] when the file cannot be read.
+pub fn standing(path: &Path) -> Result<Vec<Effect>, JournalError> {
     let mut file = match File::open(path) {
         Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
         result => result.map_err(|source| JournalError::Io { path: path.to_owned(), source })?,
     };
-    let open = read_open(&mut file, path)?;
-    Ok(open
-        .into_iter()
-        .filter_map(|(_, effect)| match effect {
-            Effect::Process { process } => Some(process),
-            _ => None,
-        })
-        .collect())
+    Ok(read_open(&mut file, path)?.into_iter().map(|(_, effect)| effect).collect())
 }
 
 /// Ends the recorded processes first: they hold mounts and cgroups, and write to this journal. What they recorded until

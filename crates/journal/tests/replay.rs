@@ -187,3 +187,28 @@ fn replays_of_one_journal_follow_one_another() {
     assert!(replays.iter().all(|replay| replay.failures.is_empty()));
     assert!(names(root.path()).is_empty());
 }
+
+#[test]
+fn a_replay_that_is_not_wanted_any_more_touches_neither_the_process_nor_the_effects() {
+    let root = tempfile::tempdir().unwrap();
+    let path = root.path().join("journal");
+    let mut owner = std::process::Command::new("/bin/sleep").arg("600").spawn().unwrap();
+    let process = ProcessId::of(i32::try_from(owner.id()).unwrap()).unwrap();
+    let file = root.path().join("file");
+    fs::write(&file, "").unwrap();
+    let journal = Journal::create(&path).unwrap();
+    journal.record(Effect::Process { process }).unwrap();
+    journal.record(Effect::File { path: file.clone() }).unwrap();
+    let gone = journal.record(Effect::File { path: root.path().join("gone") }).unwrap();
+    journal.undo(gone).unwrap();
+    assert_eq!(journal::standing(&path).unwrap(), [Effect::Process { process }, Effect::File { path: file.clone() }]);
+
+    let dead = |owners: &[ProcessId]| owners == [process] && !process.is_alive();
+    assert!(journal::replay_if(&path, dead).unwrap().is_none());
+    assert!(process.is_alive() && file.exists() && path.exists());
+    owner.kill().unwrap();
+    owner.wait().unwrap();
+    assert_eq!(journal::replay_if(&path, dead).unwrap().unwrap().undone, 2);
+    assert!(!file.exists() && !path.exists());
+    assert!(journal::standing(&path).unwrap().is_empty());
+}

@@ -49,16 +49,7 @@ impl Namespace {
 /// # Errors
 /// [`NetworkError`].
 pub fn part(path: &Path, id: NamespaceId, name: &str) -> Result<(), NetworkError> {
-    let mut namespace = match Namespace::open(path) {
-        Ok(namespace) => namespace,
-        Err(NetworkError::Namespace { source, .. }) if source.kind() == io::ErrorKind::NotFound => return Ok(()),
-        // The file is another's by now, even the host's.
-        Err(NetworkError::OfHost { .. }) => return Ok(()),
-        Err(error) => return Err(error),
-    };
-    if namespace.id() != id {
-        return Ok(());
-    }
+    let Some(mut namespace) = Namespace::reopen(path, id)? else { return Ok(()) };
     let what = format!("let {name} receive again (network namespace {})", path.display());
     let connection = &mut namespace.connection;
     let removed = link_index(connection, name).and_then(|index| match index {

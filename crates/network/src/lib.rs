@@ -7,15 +7,21 @@
 //! maker left it, with every packet taken off before its own stack sees it, and no bridge learns addresses.
 
 mod join;
+mod loopback;
 mod namespace;
 mod scan;
 
 pub use join::part;
+pub use loopback::Loopback;
 pub use namespace::{Namespace, NamespaceId};
 pub use scan::{Interface, Neighbour, Route, Scan};
 
 use std::io;
 use std::path::PathBuf;
+
+/// Why no pod gets the host's network, and what to do.
+pub const HOST_REFUSED: &str =
+    "a virtual machine cannot share it; give the pod a network of its own (no hostNetwork, no --net-host)";
 
 /// Why a pod has no network.
 #[derive(Debug, thiserror::Error)]
@@ -30,10 +36,7 @@ pub enum NetworkError {
         source: io::Error,
     },
     /// The pod would take the host's interfaces from the host.
-    #[error(
-        "{path} is the host's network namespace: a virtual machine cannot share it; give the pod a network of its own (no \
-         hostNetwork, no --net-host)"
-    )]
+    #[error("{path} is the host's network namespace: {HOST_REFUSED}")]
     OfHost {
         /// Its file.
         path: PathBuf,

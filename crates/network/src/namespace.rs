@@ -42,7 +42,26 @@ impl Namespace {
         if id == File::open(OWN).and_then(|own| self::id(&own)).map_err(failed)? {
             return Err(NetworkError::OfHost { path: path.to_owned() });
         }
-        let connection = within(&file, Connection::open).map_err(failed)?;
+        Self::enter(path, file, id)
+    }
+
+    /// Opens the namespace of the file `path` if it still is the one of `id`. The file may be gone by now, be no namespace's
+    /// any more, or be another's, even the host's.
+    pub(crate) fn reopen(path: &Path, id: NamespaceId) -> Result<Option<Self>, NetworkError> {
+        let failed = |source| NetworkError::Namespace { path: path.to_owned(), source };
+        let file = match File::open(path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+            opened => opened.map_err(failed)?,
+        };
+        if self::id(&file).map_err(failed)? != id {
+            return Ok(None);
+        }
+        Self::enter(path, file, id).map(Some)
+    }
+
+    fn enter(path: &Path, file: File, id: NamespaceId) -> Result<Self, NetworkError> {
+        let connection = within(&file, Connection::open)
+            .map_err(|source| NetworkError::Namespace { path: path.to_owned(), source })?;
         Ok(Self { path: path.to_owned(), file, id, connection })
     }
 
@@ -56,6 +75,10 @@ impl Namespace {
     #[must_use]
     pub fn id(&self) -> NamespaceId {
         self.id
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.file
     }
 
     /// Does `work` in a thread of its own that is in the namespace.

@@ -3,7 +3,8 @@
 #![expect(clippy::unwrap_used, reason = "a test fails by panics")]
 
 use std::fs::File;
-use std::net::{IpAddr, Ipv4Addr, UdpSocket};
+use std::io::{Read as _, Write as _};
+use std::net::{IpAddr, Ipv4Addr, TcpStream, UdpSocket};
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Sender, channel};
@@ -218,6 +219,39 @@ fn what_a_joined_interface_receives_goes_to_the_tap_and_back_until_they_are_part
     part(&pod.path, id, "no-such-interface").unwrap();
     drop(pod);
     part(Path::new("/proc/self/ns/no-such-file"), id, "eth0").unwrap();
+    // What is left of a file that a namespace was mounted on.
+    part(tempfile::NamedTempFile::new().unwrap().path(), id, "eth0").unwrap();
+}
+
+#[test]
+fn one_listener_takes_what_is_dialled_to_any_port_of_the_loopback_address() {
+    let (Some(pod), Some(world)) = (made(), made()) else { return };
+    wire(&pod, &world);
+    set_up(&pod, "lo", None);
+    let namespace = Namespace::open(&pod.path).unwrap();
+    let dial = |address: [u8; 4], port: u16| {
+        let dialled = || {
+            TcpStream::connect((Ipv4Addr::from(address), port))
+                .map_err(|source| NetworkError::Kernel { what: "connect".to_owned(), source })
+        };
+        namespace.within(dialled)
+    };
+    let loopback = namespace.take_loopback().unwrap();
+    for (address, port) in [([127, 0, 0, 1], 80), ([127, 0, 0, 1], 65535), ([127, 9, 9, 9], 1)] {
+        let mut client = dial(address, port).unwrap();
+        let (mut server, from) = loopback.listener().accept().unwrap();
+        assert_eq!(server.local_addr().unwrap(), (address, port).into());
+        assert_eq!(from, client.local_addr().unwrap());
+        client.write_all(b"hello").unwrap();
+        drop(client);
+        let mut text = String::new();
+        server.set_nonblocking(false).unwrap();
+        server.read_to_string(&mut text).unwrap();
+        assert_eq!(text, "hello");
+    }
+    dial(POD.octets(), 80).unwrap_err();
+    drop(loopback);
+    dial([127, 0, 0, 1], 80).unwrap_err();
 }
 
 #[test]

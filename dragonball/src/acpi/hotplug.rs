@@ -105,12 +105,10 @@ fn pci_slots(sink: &mut dyn AmlSink, slots: std::ops::Range<u8>) {
 /// A slot. Its `_OST` is called when all that follows from a notification is done: for a new device, when a driver of the
 /// guest has taken it, or none would.
 fn pci_slot(slot: u8) -> Made {
-    const NOTIFICATION: u8 = 0xff;
     let bit = 1_u32 << slot;
-    let asked = And::new(&ZERO, &Arg(0), &NOTIFICATION);
     let register = path("\\_SB_.PCIS");
     let settled = Store::new(&register, &bit);
-    let is_new = Equal::new(&asked, &registers::NOTIFY_DEVICE_CHECK);
+    let is_new = Equal::new(&Arg(0), &registers::NOTIFY_BUS_CHECK);
     made(&Device::new(
         path(&slot_name(slot)),
         vec![
@@ -122,20 +120,35 @@ fn pci_slot(slot: u8) -> Made {
     ))
 }
 
+/// Slots that are asked about together: of a method, an interpreter pays for what it looks at, and skips the rest.
+const SLOT_GROUP: usize = 8;
+
 /// `PCNT`: reads which slots something is asked of, and notifies them.
+///
+/// A slot that has got a device is told of its bus, not of its device: of a device, Linux goes on to look at all slots of
+/// the bus, the empty ones too (`drivers/pci/hotplug/acpiphp_glue.c`), and each look leaves the guest.
 fn scan_slots(slots: std::ops::Range<u8>) -> Made {
-    let mut body =
-        vec![made(&Store::new(&Local(0), &path("\\_SB_.PCIU"))), made(&Store::new(&Local(1), &path("\\_SB_.PCID")))];
-    for slot in slots {
-        let device = path(&slot_name(slot));
-        for (asked, notification) in [(0, registers::NOTIFY_DEVICE_CHECK), (1, registers::NOTIFY_EJECT)] {
-            let bit = 1_u32 << slot;
-            let asked = Local(asked);
-            let is_set = And::new(&ZERO, &asked, &bit);
-            body.push(made(&If::new(&is_set, vec![&Notify::new(&device, &notification)])));
-        }
+    let slots: Vec<u8> = slots.collect();
+    let mut body = Vec::new();
+    for (register, notification) in
+        [("\\_SB_.PCIU", registers::NOTIFY_BUS_CHECK), ("\\_SB_.PCID", registers::NOTIFY_EJECT)]
+    {
+        body.push(made(&Store::new(&Local(0), &path(register))));
+        let in_groups: Vec<Made> = slots.chunks(SLOT_GROUP).map(|group| notify_group(group, notification)).collect();
+        body.push(made(&If::new(&Local(0), with_all(&in_groups))));
     }
     made(&Method::new(path("PCNT"), 0, true, with_all(&body)))
+}
+
+/// Notifies the slots of `group` whose bits are set in `Local0`.
+fn notify_group(group: &[u8], notification: u8) -> Made {
+    let notify = |slot: &u8| {
+        let (device, bit) = (path(&slot_name(*slot)), 1_u32 << slot);
+        made(&If::new(&And::new(&ZERO, &Local(0), &bit), vec![&Notify::new(&device, &notification)]))
+    };
+    let children: Vec<Made> = group.iter().map(notify).collect();
+    let bits = group.iter().fold(0_u32, |bits, slot| bits | 1 << slot);
+    made(&If::new(&And::new(&ZERO, &Local(0), &bits), with_all(&children)))
 }
 
 /// `_DSM` function 5: the guest keeps the addresses that devices come with.

@@ -43,7 +43,8 @@ pub(crate) mod registers {
     pub(crate) const EVENT_CPU: u32 = 1 << 1;
     pub(crate) const EVENT_POWER_BUTTON: u32 = 1 << 2;
 
-    /// Notifications (ACPI 6.5, §5.6.6): a device came; a device shall go.
+    /// Notifications (ACPI 6.5, §5.6.6): look at the bus from this slot on; a device came; a device shall go.
+    pub(crate) const NOTIFY_BUS_CHECK: u8 = 0;
     pub(crate) const NOTIFY_DEVICE_CHECK: u8 = 1;
     pub(crate) const NOTIFY_EJECT: u8 = 3;
 }

@@ -146,6 +146,16 @@ impl Guest {
         self.until_end()
     }
 
+    /// What an idle guest that does not do what it should says of itself: its interrupts and the tasks that wait in its kernel.
+    /// A guest of which a CPU hangs does not answer.
+    pub(crate) fn what_it_waits_for(&mut self) -> String {
+        let answers = self.run(
+            "for cpu in $(seq 0 $(($(nproc) - 1))); do taskset -c $cpu true; done; dmesg -c >/dev/null; \
+             echo w >/proc/sysrq-trigger; dmesg; cat /proc/interrupts",
+        );
+        format!("all its CPUs work, and it says:\n{answers}")
+    }
+
     /// Powers the guest off and waits for its end.
     pub(crate) fn power_off(mut self) -> ExitReason {
         self.input.write_all(b"poweroff -f\n").unwrap();

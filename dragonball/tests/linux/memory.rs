@@ -42,11 +42,14 @@ fn total(guest: &mut Guest) -> u64 {
     guest.run("awk '/MemTotal/ {print $2}' /proc/meminfo").trim().parse::<u64>().unwrap() << 10
 }
 
-fn resize(guest: &Guest, bytes: u64, enough: impl Fn(u64) -> bool) -> MemState {
+fn resize(guest: &mut Guest, bytes: u64, enough: impl Fn(u64) -> bool) -> MemState {
     let memory = guest.vm.memory().unwrap();
     assert_eq!(memory.set_requested(bytes).unwrap(), bytes);
     let state = memory.wait(deadline(), |state| enough(state.plugged));
-    assert!(enough(state.plugged), "asked for {} MiB, there are {} MiB", bytes / MIB, state.plugged / MIB);
+    if !enough(state.plugged) {
+        let (asked, there) = (bytes / MIB, state.plugged / MIB);
+        panic!("asked for {asked} MiB, there are {there} MiB; {}", guest.what_it_waits_for());
+    }
     state
 }
 
@@ -72,7 +75,7 @@ fn a_guest_grows_shrinks_and_gives_back_what_it_does_not_use() {
     let booted = total(&mut guest);
     assert!(booted <= BOOT, "{booted}");
 
-    resize(&guest, MORE, |plugged| plugged == MORE);
+    resize(&mut guest, MORE, |plugged| plugged == MORE);
     let grown = total_of_at_least(&mut guest, booted + MORE);
     assert!(grown >= booted + MORE, "the guest counts {} MiB", grown / MIB);
     let idle = resident();
@@ -98,14 +101,14 @@ fn a_guest_grows_shrinks_and_gives_back_what_it_does_not_use() {
     guest.run("dd if=/dev/urandom of=/tmp/file bs=1M count=100 2>/dev/null");
     let sum = guest.run("sha256sum /tmp/file");
     for round in 0..3 {
-        let small = resize(&guest, 256 * MIB, |plugged| plugged <= 512 * MIB);
+        let small = resize(&mut guest, 256 * MIB, |plugged| plugged <= 512 * MIB);
         println!(
             "round {round}: asked for 256 MiB, {} MiB are left, resident {} MiB",
             small.plugged / MIB,
             resident() / MIB
         );
         assert!(resident() <= BOOT + small.plugged + 64 * MIB);
-        resize(&guest, MORE, |plugged| plugged == MORE);
+        resize(&mut guest, MORE, |plugged| plugged == MORE);
     }
     assert_eq!(guest.run("sha256sum /tmp/file"), sum);
 

@@ -4,6 +4,7 @@
 //! ARGUMENTS…` starts a service in the background and returns when the service says that it is ready.
 
 mod daemon;
+mod keep;
 mod mend;
 mod port;
 mod reactor;
@@ -31,12 +32,11 @@ fn main() -> ExitCode {
     }
 }
 
-/// Serves, with virtualization mended where the kernel's command line says so.
+/// Serves, with virtualization mended if the kernel's command line says so.
 fn serve() -> std::io::Result<()> {
     let wanted = std::fs::read_to_string("/proc/cmdline")?.split_whitespace().any(|word| word == "lab.mend");
-    let _mend = wanted.then(|| {
-        mend::Mend::put()
-            .inspect_err(|error| eprintln!("lab-guest: VMs may hang, for virtualization stays as it is: {error}"))
-    });
+    let unmended =
+        |error: &std::io::Error| eprintln!("lab-guest: guests may hang or die, for KVM stays as it is: {error}");
+    let _mend = wanted.then(|| (mend::Mend::put().inspect_err(unmended), keep::Kept::make().inspect_err(unmended)));
     serve::serve_all()
 }

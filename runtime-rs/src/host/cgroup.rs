@@ -5,17 +5,19 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Component, Path, PathBuf};
 
 use journal::{Effect, EffectId, Journal};
+use protocols::containerd::cgroups_v2::metrics::Metrics;
 
 use crate::error::Error;
 
 /// Where cgroup v2 is mounted.
-const MOUNT: &str = "/sys/fs/cgroup";
+pub const MOUNT: &str = "/sys/fs/cgroup";
 
 /// The cgroup that this process is in.
 #[derive(Debug)]
 pub struct PodCgroup {
     /// The cgroup that the process came from, to go back to before the pod's own is removed.
     origin: PathBuf,
+    path: PathBuf,
     effects: Vec<EffectId>,
 }
 
@@ -33,7 +35,7 @@ impl PodCgroup {
             return Ok(None);
         }
         let target = Path::new(MOUNT).join(relative(path)?);
-        let mut cgroup = Self { origin: origin()?, effects: Vec::new() };
+        let mut cgroup = Self { origin: origin()?, path: target.clone(), effects: Vec::new() };
         let entered = cgroup.make(&target, journal).and_then(|()| enter(&target));
         if let Err(error) = entered {
             for failure in journal.undo_all(&cgroup.effects) {
@@ -42,6 +44,46 @@ impl PodCgroup {
             return Err(error);
         }
         Ok(Some(cgroup))
+    }
+
+    /// What the pod uses on the host, its machine and this process included.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::Host`] when the cgroup cannot be read.
+    pub fn metrics(&self) -> Result<Metrics, Error> {
+        let read = |file: &str| {
+            let path = self.path.join(file);
+            std::fs::read_to_string(&path).map_err(Error::host("read", &path))
+        };
+        let mut metrics = Metrics::default();
+        let cpu = metrics.cpu.mut_or_insert_default();
+        for (name, value) in read("cpu.stat")?.lines().filter_map(|line| line.split_once(' ')) {
+            let value = value.parse().unwrap_or_default();
+            match name {
+                "usage_usec" => cpu.usage_usec = value,
+                "user_usec" => cpu.user_usec = value,
+                "system_usec" => cpu.system_usec = value,
+                _ => {}
+            }
+        }
+        // Controllers that the parent does not have are no failure.
+        let number = |file: &str| read(file).ok().and_then(|text| text.trim().parse().ok()).unwrap_or_default();
+        metrics.pids.mut_or_insert_default().current = number("pids.current");
+        metrics.memory.mut_or_insert_default().usage = number("memory.current");
+        for (name, value) in read("memory.stat").unwrap_or_default().lines().filter_map(|line| line.split_once(' ')) {
+            let memory = metrics.memory.mut_or_insert_default();
+            let value = value.parse().unwrap_or_default();
+            match name {
+                "anon" => memory.anon = value,
+                "file" => memory.file = value,
+                "inactive_file" => memory.inactive_file = value,
+                "pgfault" => memory.pgfault = value,
+                "pgmajfault" => memory.pgmajfault = value,
+                _ => {}
+            }
+        }
+        Ok(metrics)
     }
 
     /// Moves this process back, so that the pod's cgroup can be removed.
@@ -71,6 +113,8 @@ impl PodCgroup {
         let mut levels: Vec<&Path> = target.ancestors().take_while(|path| *path != Path::new(MOUNT)).collect();
         levels.reverse();
         for path in levels {
+            // What is accounted in a cgroup is decided above it.
+            path.parent().into_iter().for_each(delegate);
             if path.exists() && path != target && !is_marked(path) {
                 continue;
             }
@@ -87,6 +131,18 @@ impl PodCgroup {
     }
 }
 
+/// Has all controllers of `parent` account and limit what is below it, as runc does. One that is refused, as where processes
+/// are in `parent` itself, is missing below, which is no failure of the pod's.
+fn delegate(parent: &Path) {
+    let words = |file: &str| std::fs::read_to_string(parent.join(file)).unwrap_or_default();
+    let (there, passed_on) = (words("cgroup.controllers"), words("cgroup.subtree_control"));
+    for controller in there.split_whitespace().filter(|name| passed_on.split_whitespace().all(|one| one != *name)) {
+        if let Err(error) = std::fs::write(parent.join("cgroup.subtree_control"), format!("+{controller}")) {
+            tracing::debug!(%error, controller, parent = %parent.display(), "a controller stays above the pod");
+        }
+    }
+}
+
 /// Extended attribute of the cgroups that this runtime made.
 const MARK: &CStr = c"user.kata";
 /// Pods that end at just the wrong moment, one after the other, before it is an error.
@@ -99,7 +155,9 @@ fn mark(path: &Path) {
     unsafe { libc::setxattr(path.as_ptr(), MARK.as_ptr(), c"1".as_ptr().cast(), 1, 0) };
 }
 
-fn is_marked(path: &Path) -> bool {
+/// Whether this runtime made the cgroup.
+#[must_use]
+pub fn is_marked(path: &Path) -> bool {
     let Ok(path) = CString::new(path.as_os_str().as_bytes()) else { return false };
     // SAFETY: both names are NUL-terminated and outlive the call; with size 0 nothing is written.
     unsafe { libc::getxattr(path.as_ptr(), MARK.as_ptr(), std::ptr::null_mut(), 0) >= 0 }

@@ -4,6 +4,7 @@ pub mod blocking;
 pub mod cgroup;
 mod detached;
 pub mod fifo;
+pub mod files;
 pub mod log;
 pub mod mount;
 pub mod share;

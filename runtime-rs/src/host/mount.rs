@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use nix::mount::{MsFlags, mount};
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use protocols::containerd::api::Mount;
 use protocols::containerd::ttrpc::Code;
 
@@ -60,6 +61,22 @@ impl MountError {
             Self::Refused { .. } => Code::FAILED_PRECONDITION,
         }
     }
+}
+
+/// How many bytes the tmpfs at `path` may have; 0 if it is none, or has no limit.
+///
+/// # Errors
+///
+/// [`MountError::Refused`] if there is nothing at `path`.
+pub fn tmpfs_size(path: &Path) -> Result<u64, MountError> {
+    let found = statfs(path).map_err(|errno| MountError::Refused {
+        source_path: path.display().to_string(),
+        fstype: "tmpfs".to_owned(),
+        target: PathBuf::from("/dev/shm"),
+        source: errno.into(),
+    })?;
+    let is_tmpfs = found.filesystem_type() == TMPFS_MAGIC;
+    Ok(if is_tmpfs { found.blocks().saturating_mul(found.block_size().cast_unsigned()) } else { 0 })
 }
 
 /// Mounts `what` on `target`, which exists. Must run on a thread that ends afterwards: long overlay options are

@@ -244,8 +244,7 @@ pub fn watch(pod: &Arc<Pod>, container: &Arc<Container>, process: &Arc<Process>)
             Err(ttrpc::Error::RpcStatus(status)) => tracing::debug!(%status, "the agent knows the process no more"),
             Err(error) => {
                 if !sandbox.has_ended() {
-                    tracing::warn!(%error, "the agent is lost; the sandbox ends");
-                    sandbox.condemn();
+                    sandbox.give_up(&error);
                 }
             }
         }

@@ -1,5 +1,6 @@
 //! `Create`: the sandbox at the first container, then the container in it.
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -19,10 +20,11 @@ use super::containers::{self, Container, Hold};
 use super::process::Process;
 use super::sandbox::Sandbox;
 use super::stdio::{Names, Pumps};
-use super::{devices, operations};
+use super::{devices, forward, operations};
 use crate::error::Error;
 use crate::host::blocking;
 use crate::host::cgroup::PodCgroup;
+use crate::host::mount;
 use crate::host::share::{self, Share};
 use crate::machine::Blueprint;
 use crate::network::Network;
@@ -88,27 +90,25 @@ struct Prepared {
 /// process of its own.
 async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<Prepared>, Error> {
     let bundle = PathBuf::from(&request.bundle);
-    let spec = blocking::run("bundle", move || Spec::read(&bundle)).await??;
+    let mut spec = blocking::run("bundle", move || Spec::read(&bundle)).await??;
     let (role, limits, devices) = (spec.role(&request.id), spec.limits(), spec.devices());
     if let Role::Member(_) = role {
         let sandbox = Arc::clone(pod.sandbox()?);
+        if let Some(files) = pod.files.get() {
+            spec.complete(&files.places());
+        }
         let (guest, effects) = store(pod, request, spec).await?;
         return Ok(Some(Prepared { guest, effects, limits, devices, sandbox }));
     }
     let named = containers::config_path(request.options.as_ref())?;
-    let announced = match role {
-        // Its members come later; the orchestrator may tell what they will need.
-        Role::Sandbox(_) => Demand::of_sandbox(&spec.annotations()),
-        _ => Some(limits),
-    };
-    let mut blueprint = found(pod, &spec, announced, named).await?;
-    blueprint.devices = devices.iter().map(|device| device.path.clone()).collect();
-    // Only a pod of several containers gets one later than its machine.
-    blueprint.devices_can_come = matches!(role, Role::Sandbox(_)) && devices::may_be_asked_for();
+    let first_devices = devices.iter().map(|device| device.path.clone()).collect();
     if let Role::Sandbox(_) = role {
-        boot(pod, &blueprint).await?;
+        let blueprint = plan_sandbox(pod, &spec, named).await?;
+        boot(pod, &Blueprint { devices: first_devices, ..blueprint }).await?;
         return Ok(None);
     }
+    let blueprint = found(pod, &spec, Some(limits), named).await?;
+    let blueprint = Blueprint { devices: first_devices, ..blueprint };
     match tokio::join!(store(pod, request, spec), boot(pod, &blueprint)) {
         (Ok((guest, effects)), Ok(sandbox)) => Ok(Some(Prepared { guest, effects, limits, devices, sandbox })),
         (Ok((_, effects)), Err(error)) => {
@@ -117,6 +117,18 @@ async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<P
         }
         (Err(error), _) => Err(error),
     }
+}
+
+/// Prepares what the sandbox of an orchestrator needs on the host before its machine starts.
+pub(super) async fn plan_sandbox(pod: &Arc<Pod>, spec: &Spec, config: Option<PathBuf>) -> Result<Blueprint, Error> {
+    // Its members come later; the orchestrator may tell what they will need.
+    let announced = Demand::of_sandbox(&spec.annotations());
+    let mut blueprint = found(pod, spec, announced, config).await?;
+    // Only a pod of several containers gets one later than its machine.
+    blueprint.devices_can_come = devices::may_be_asked_for();
+    // Those of a container alone are set when it is made.
+    blueprint.sysctls = spec.sysctls();
+    Ok(blueprint)
 }
 
 /// The name that the specification gives; without one, a container of another runtime would see the host's.
@@ -136,7 +148,7 @@ async fn found(
 ) -> Result<Blueprint, Error> {
     let pod = Arc::clone(pod);
     let (cgroups_path, annotations, hostname) = (spec.cgroups_path().to_owned(), spec.annotations(), hostname(spec));
-    let place = spec.network();
+    let (place, shared_memory) = (spec.network(), spec.shared_memory());
     blocking::run("found", move || {
         let (mut config, _) = Config::load(config.as_deref())?;
         config.annotate(&annotations).map_err(config::ConfigError::from)?;
@@ -152,15 +164,21 @@ async fn found(
         }
         let network = Network::join(&place, &pod.journal)?;
         pod.stamp("network joined");
-        Ok(Blueprint { config, size, hostname, network, devices: Vec::new(), devices_can_come: false })
+        let shm_size = shared_memory.map(|path| mount::tmpfs_size(&path)).transpose()?.unwrap_or_default();
+        let (devices, devices_can_come, sysctls) = (Vec::new(), false, HashMap::new());
+        Ok(Blueprint { config, size, hostname, network, devices, devices_can_come, sysctls, shm_size })
     })
     .await?
 }
 
-async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Arc<Sandbox>, Error> {
+/// Boots the pod's machine, once.
+pub(super) async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Arc<Sandbox>, Error> {
     let boot = async || Ok::<_, Error>(Arc::new(Sandbox::boot(pod, blueprint).await?));
     let sandbox = Arc::clone(pod.gate.unless_closed(pod.sandbox.get_or_try_init(boot)).await?);
     containers::watch_sandbox(pod, &sandbox);
+    if let Some(loopback) = &blueprint.network.loopback {
+        forward::serve(pod, &sandbox, Arc::clone(loopback));
+    }
     Ok(sandbox)
 }
 
@@ -257,7 +275,8 @@ fn guest_request(
     devices: Vec<PciDevice>,
     streams: &Names,
 ) -> Result<CreateTaskRequest, Error> {
-    let options = ContainerOptions { spec: guest.json, devices, ..ContainerOptions::default() };
+    let GuestSpec { json: spec, sandbox_pidns, .. } = guest;
+    let options = ContainerOptions { spec, devices, sandbox_pidns, ..ContainerOptions::default() };
     let options = Any {
         type_url: CONTAINER_OPTIONS_TYPE_URL.to_owned(),
         value: options.write_to_bytes().map_err(|error| Error::Invalid(error.to_string()))?,

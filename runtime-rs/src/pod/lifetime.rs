@@ -4,7 +4,7 @@ use std::io::Write;
 use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::net::UnixStream as StdUnixStream;
 use std::path::Path;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use nix::unistd::{dup2_stdin, setsid};
@@ -20,8 +20,8 @@ use ttrpc::asynchronous::transport::Listener;
 use super::containers::Containers;
 use super::events::{ADDRESS_VARIABLE, Publisher};
 use super::gate::Gate;
-use super::service;
 use super::{Facts, Foundation, Pod, PodError};
+use super::{sandbox_service, service};
 use crate::args::Args;
 use crate::error::chain;
 use crate::host::{blocking, log};
@@ -110,6 +110,7 @@ async fn live(
         launcher,
         streams: Arc::default(),
         sandbox: OnceCell::new(),
+        files: OnceLock::new(),
         containers: Containers::default(),
         first_byte: Arc::default(),
         end: Notify::new(),
@@ -134,7 +135,8 @@ async fn serve(
     let mut server = Server::new()
         .add_listener(announcing(UnixListener::from_std(listener)?, Arc::clone(&connected)))
         .register_service(service::v2(pod))
-        .register_service(service::v3(pod));
+        .register_service(service::v3(pod))
+        .register_service(sandbox_service::service(pod));
     server.start().await.map_err(std::io::Error::other)?;
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;

@@ -4,6 +4,7 @@ pub mod containers;
 pub mod create;
 pub mod devices;
 pub mod events;
+mod forward;
 pub mod gate;
 pub mod lifetime;
 pub mod operations;
@@ -11,13 +12,14 @@ mod outlet;
 pub mod process;
 pub mod resize;
 pub mod sandbox;
+mod sandbox_service;
 pub mod service;
 pub mod stdio;
 pub mod streams;
 
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use journal::{Effect, Journal, ProcessId};
 use timeline::Timeline;
@@ -26,6 +28,7 @@ use tokio::sync::{Notify, OnceCell};
 use crate::args::Args;
 use crate::error::Error;
 use crate::host::cgroup::PodCgroup;
+use crate::host::files::PodFiles;
 use crate::machine::Launcher;
 use crate::paths::Paths;
 use containers::Containers;
@@ -53,6 +56,8 @@ pub struct Pod {
     pub streams: Arc<Streams>,
     /// The machine, once the first request made it.
     pub sandbox: OnceCell<Arc<Sandbox>>,
+    /// What its containers come without: set where no container stands for the pod, but the Sandbox API made it.
+    pub files: OnceLock<PodFiles>,
     /// By id.
     pub containers: Containers,
     /// When the first byte of output came.

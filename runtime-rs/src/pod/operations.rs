@@ -131,8 +131,13 @@ pub async fn kill(pod: &Arc<Pod>, request: &KillRequest) -> Result<(), Error> {
         return Ok(());
     }
     let sandbox = pod.sandbox()?;
-    sandbox.task.kill(deadline(), request).await.map_err(|error| sandbox.explain(error))?;
-    Ok(())
+    match sandbox.task.kill(deadline(), request).await.map_err(|error| sandbox.explain(error)) {
+        Err(error @ Error::Unanswered(_)) if request.signal == SIGKILL => {
+            sandbox.give_up(&error);
+            Ok(())
+        }
+        other => other.map(drop),
+    }
 }
 
 /// Forgets a process that has ended, or that never ran; with the init, the container and its storage.
@@ -222,6 +227,10 @@ async fn delete_in_guest(pod: &Pod, request: &DeleteRequest) -> Result<(), Error
         Ok(_) => Ok(()),
         Err(error) => match sandbox.explain(error) {
             Error::Agent(_, ttrpc::Code::NOT_FOUND) | Error::GuestGone(_) => Ok(()),
+            error @ Error::Unanswered(_) => {
+                sandbox.give_up(&error);
+                Ok(())
+            }
             error => Err(error),
         },
     }

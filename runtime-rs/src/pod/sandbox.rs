@@ -23,12 +23,13 @@ use super::resize::Resizer;
 use crate::error::Error;
 use crate::host::blocking;
 use crate::machine::{Blueprint, ExitReason, Machine, Plan};
-use crate::network::Network;
 
 /// The agent mounts one file system and sets a few files and sysctls.
 const SETUP_DEADLINE: Duration = Duration::from_secs(30);
 /// Random bytes that the guest starts with: a fresh VM has hardly any of its own.
 const ENTROPY: usize = 64;
+/// What ttrpc's server answers to a request whose time is up while its handler still runs.
+const TTRPC_TIMEOUT: &str = "timeout";
 /// The end of a machine that was told to end.
 const STOP_DEADLINE: Duration = Duration::from_secs(10);
 
@@ -67,7 +68,7 @@ impl Sandbox {
     ///
     /// [`Error::Launch`], [`Error::GuestEnded`], [`Error::GuestHangs`], or the agent's answer. The machine has ended then.
     pub async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Self, Error> {
-        let Blueprint { config, size, hostname, network, .. } = blueprint;
+        let Blueprint { config, size, .. } = blueprint;
         let listeners = listen(pod)?;
         let console = config.hypervisor.enable_debug.then(|| pod.paths.console());
         let plan = Plan::new(blueprint, &pod.paths.vsock(), &pod.paths.shared(), console);
@@ -101,7 +102,7 @@ impl Sandbox {
             agent,
             create_timeout,
         };
-        let setup = sandbox.setup(pod, hostname, network);
+        let setup = sandbox.setup(pod, blueprint);
         tokio::select! {
             done = setup => done?,
             _ = sandbox.exit.readable() => return Err(ended(&*sandbox.machine)),
@@ -109,13 +110,15 @@ impl Sandbox {
         Ok(sandbox)
     }
 
-    async fn setup(&self, pod: &Pod, hostname: &str, network: &Network) -> Result<(), Error> {
+    async fn setup(&self, pod: &Pod, blueprint: &Blueprint) -> Result<(), Error> {
+        let Blueprint { hostname, network, sysctls, shm_size, .. } = blueprint;
         let mut entropy = vec![0; ENTROPY];
         fill_random(&mut entropy)?;
         let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
         let request = SetupRequest {
             sandbox_id: pod.id.clone(),
-            hostname: hostname.to_owned(),
+            hostname: hostname.clone(),
+            sysctls: sysctls.clone(),
             interfaces: network.interfaces.clone(),
             routes: network.routes.clone(),
             neighbours: network.neighbours.clone(),
@@ -127,6 +130,7 @@ impl Sandbox {
             }],
             realtime_ns: i64::try_from(since_epoch.as_nanos()).unwrap_or(i64::MAX),
             entropy,
+            shm_size: *shm_size,
             ..SetupRequest::default()
         };
         let sent = timeline::now_ns();
@@ -158,10 +162,16 @@ impl Sandbox {
     /// The agent's answer as an error of ours, with its code; a lost connection as the end that caused it.
     pub fn explain(&self, error: ttrpc::Error) -> Error {
         match (error, self.machine.exit_reason()) {
+            // ttrpc counts a request's time at both ends, and the agent's may be the first to be up.
+            (ttrpc::Error::RpcStatus(status), None) if status.message == TTRPC_TIMEOUT => {
+                Error::Unanswered(status.message)
+            }
             (ttrpc::Error::RpcStatus(status), _) => {
                 Error::Agent(status.message.clone(), status.code.enum_value().unwrap_or(ttrpc::Code::UNKNOWN))
             }
             (_, Some(reason)) => Error::GuestGone(reason.to_string()),
+            // What ttrpc says of a deadline; lost connections have errors of their own.
+            (ttrpc::Error::Others(text), None) => Error::Unanswered(text),
             (other, None) => Error::GuestGone(other.to_string()),
         }
     }
@@ -186,8 +196,9 @@ impl Sandbox {
         }
     }
 
-    /// Ends the machine: its agent is no longer to be trusted.
-    pub fn condemn(&self) {
+    /// Ends the machine: its agent is lost, or does not even answer to a request that something shall end.
+    pub fn give_up(&self, error: &dyn std::fmt::Display) {
+        tracing::warn!(%error, "the agent is lost; the sandbox ends");
         self.machine.stop();
     }
 }

@@ -46,18 +46,13 @@ struct TaskService {
     pod: Arc<Pod>,
 }
 
-impl TaskService {
-    /// Runs a request to its end even when containerd hangs up meanwhile: half of it would leave the host half changed.
-    async fn whole<T: Send + 'static>(
-        &self,
-        request: impl Future<Output = Result<T, Error>> + Send + 'static,
-    ) -> Result<T, RpcError> {
-        match tokio::spawn(request).await {
-            Ok(result) => Ok(result?),
-            Err(error) => {
-                Err(ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, format!("the request failed: {error}")))
-            }
-        }
+/// Runs a request to its end even when containerd hangs up meanwhile: half of it would leave the host half changed.
+pub(super) async fn whole<T: Send + 'static>(
+    request: impl Future<Output = Result<T, Error>> + Send + 'static,
+) -> Result<T, RpcError> {
+    match tokio::spawn(request).await {
+        Ok(result) => Ok(result?),
+        Err(error) => Err(ttrpc::error::get_rpc_status(ttrpc::Code::INTERNAL, format!("the request failed: {error}"))),
     }
 }
 
@@ -65,25 +60,25 @@ impl TaskService {
 impl Task for TaskService {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
         let pod = Arc::clone(&self.pod);
-        let pid = self.whole(async move { create::create(&pod, request).await }).await?;
+        let pid = whole(async move { create::create(&pod, request).await }).await?;
         Ok(CreateTaskResponse { pid, ..CreateTaskResponse::default() })
     }
 
     async fn start(&self, _: &TtrpcContext, request: StartRequest) -> ttrpc::Result<StartResponse> {
         let pod = Arc::clone(&self.pod);
-        self.whole(async move { operations::start(&pod, &request).await }).await?;
+        whole(async move { operations::start(&pod, &request).await }).await?;
         Ok(StartResponse { pid: Pod::pid(), ..StartResponse::default() })
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
         let pod = Arc::clone(&self.pod);
-        self.whole(async move { operations::exec(&pod, request).await }).await?;
+        whole(async move { operations::exec(&pod, request).await }).await?;
         Ok(Empty::new())
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {
         let pod = Arc::clone(&self.pod);
-        let exit = self.whole(async move { operations::delete(&pod, &request).await }).await?;
+        let exit = whole(async move { operations::delete(&pod, &request).await }).await?;
         Ok(DeleteResponse {
             pid: Pod::pid(),
             exit_status: exit.status,
@@ -162,7 +157,7 @@ impl Task for TaskService {
 
     async fn update(&self, _: &TtrpcContext, request: UpdateTaskRequest) -> ttrpc::Result<Empty> {
         let pod = Arc::clone(&self.pod);
-        self.whole(async move { operations::update(&pod, request).await }).await?;
+        whole(async move { operations::update(&pod, request).await }).await?;
         Ok(Empty::new())
     }
 
@@ -176,8 +171,9 @@ impl Task for TaskService {
     }
 
     async fn shutdown(&self, _: &TtrpcContext, request: ShutdownRequest) -> ttrpc::Result<Empty> {
-        // Newer versions of containerd call this after every Delete, also while the pod's other containers run.
-        if self.pod.containers.is_empty() {
+        // Newer versions of containerd call this after every Delete, also while the pod's other containers run; a sandbox of
+        // the Sandbox API ends by that.
+        if self.pod.containers.is_empty() && self.pod.files.get().is_none() {
             lifetime::store_timeline(&self.pod).await;
             self.pod.end.notify_one();
         } else {

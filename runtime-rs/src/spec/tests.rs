@@ -43,6 +43,17 @@ fn the_network_is_where_the_specification_says() {
 }
 
 #[test]
+fn kernel_parameters_are_those_that_are_texts() {
+    let sysctls = |value: Value| {
+        let Value::Object(fields) = linux(json!({"sysctl": value})) else { unreachable!("just made an object") };
+        Spec { fields, bundle: PathBuf::new() }.sysctls()
+    };
+    let given = json!({"net.core.somaxconn": "512", "kernel.msgmax": 5});
+    assert_eq!(sysctls(given), HashMap::from([("net.core.somaxconn".to_owned(), "512".to_owned())]));
+    assert!(sysctls(json!(null)).is_empty());
+}
+
+#[test]
 fn namespaces_of_the_host_are_dropped_and_own_ones_are_kept() {
     assert_rewrites([
         (
@@ -82,6 +93,19 @@ fn namespaces_of_the_host_are_dropped_and_own_ones_are_kept() {
             json!([{"type": "user"}]),
         ),
     ]);
+}
+
+#[test]
+fn only_a_pid_namespace_with_a_path_is_the_sandboxes() {
+    for (namespace, expected) in
+        [(json!({"type": "pid", "path": "/proc/1/ns/pid"}), true), (json!({"type": "pid"}), false), (json!({}), false)]
+    {
+        let Value::Object(fields) = linux(json!({"namespaces": [namespace]})) else {
+            unreachable!("just made an object")
+        };
+        let guest = Spec { fields, bundle: PathBuf::from("/bundle") }.into_guest("c1").unwrap();
+        assert_eq!(guest.sandbox_pidns, expected, "{namespace}");
+    }
 }
 
 #[test]

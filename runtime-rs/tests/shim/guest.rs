@@ -13,6 +13,7 @@ use std::time::Duration;
 
 use async_trait::async_trait;
 use nix::sys::eventfd::{EfdFlags, EventFd};
+use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::empty::Empty;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
@@ -22,6 +23,7 @@ use protocols::agent::{
 };
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::containerd::api::*;
+use protocols::containerd::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
 use protocols::containerd::shim_async::{Task, create_task};
 use protocols::containerd::ttrpc;
 use protocols::{AGENT_PORT, SHARED_DIR, STREAM_PORT};
@@ -157,6 +159,7 @@ async fn live(plan: &Plan, shared: &Arc<Shared>) {
         streams: dial(STREAM_PORT),
         rootfs: plan.shared.clone(),
         dies_at_start: fate == Some("dies-at-start"),
+        is_deaf: fate == Some("deaf"),
         shared: Arc::clone(shared),
         processes: Mutex::default(),
     });
@@ -179,6 +182,7 @@ struct Agent {
     streams: String,
     rootfs: PathBuf,
     dies_at_start: bool,
+    is_deaf: bool,
     shared: Arc<Shared>,
     processes: Mutex<HashMap<(String, String), Arc<Process>>>,
 }
@@ -242,6 +246,9 @@ fn process(request: (String, String, String), arguments: Vec<String>, directory:
 #[async_trait]
 impl Task for Agent {
     async fn create(&self, _: &TtrpcContext, request: CreateTaskRequest) -> ttrpc::Result<CreateTaskResponse> {
+        if self.is_deaf {
+            return futures::future::pending().await;
+        }
         assert_eq!(request.rootfs[0].source, format!("{SHARED_DIR}/{}/rootfs", request.id));
         let options = ContainerOptions::parse_from_bytes(&request.options.value).unwrap();
         let spec: serde_json::Value = serde_json::from_slice(&options.spec).unwrap();
@@ -312,6 +319,20 @@ impl Task for Agent {
         }
         tell(&format!("limits {resources}"));
         Ok(Empty::new())
+    }
+
+    async fn stats(&self, _: &TtrpcContext, request: StatsRequest) -> ttrpc::Result<StatsResponse> {
+        self.find(&request.id, "")?;
+        let metrics = Metrics {
+            cpu: MessageField::some(CPUStat { usage_usec: 2_500_000, ..Default::default() }),
+            memory: MessageField::some(MemoryStat { usage: 3 << 20, ..Default::default() }),
+            pids: MessageField::some(PidsStat { current: 2, ..Default::default() }),
+            ..Default::default()
+        };
+        let type_url = "io.containerd.cgroups.v2.Metrics".to_owned();
+        let value = metrics.write_to_bytes().unwrap();
+        let stats = MessageField::some(Any { type_url, value, ..Default::default() });
+        Ok(StatsResponse { stats, ..Default::default() })
     }
 
     async fn delete(&self, _: &TtrpcContext, request: DeleteRequest) -> ttrpc::Result<DeleteResponse> {

@@ -10,6 +10,7 @@ mod node;
 mod sizes;
 mod tests;
 
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -35,8 +36,13 @@ fn main() -> ExitCode {
 fn trial<F: Future<Output = ()>>(name: &str, test: impl FnOnce() -> F + Send + 'static) -> Trial {
     Trial::test(name, move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-        runtime.block_on(test());
+        let outcome = std::panic::catch_unwind(AssertUnwindSafe(|| runtime.block_on(test())));
+        // A test that failed may have left pod processes, which the next one would wait for, and threads that wait for them.
+        if outcome.is_err() {
+            node::end_orphans();
+        }
         runtime.shutdown_background();
+        outcome.unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         Ok(())
     })
 }

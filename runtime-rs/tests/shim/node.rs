@@ -12,8 +12,9 @@ use std::sync::Arc;
 use async_trait::async_trait;
 use nix::fcntl::{FcntlArg, OFlag, fcntl};
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::signal::{Signal, kill};
 use nix::sys::stat::Mode;
-use nix::unistd::mkfifo;
+use nix::unistd::{Pid, mkfifo};
 use protobuf::MessageField;
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::empty::Empty;
@@ -100,7 +101,7 @@ impl Node {
 
     /// A bundle whose process is `arguments`; `extra` is merged into its specification, and what it says of Linux into that.
     pub(crate) fn bundle(&self, id: &str, arguments: &[&str], extra: Value) -> PathBuf {
-        let bundle = self.path(&format!("bundle-{id}"));
+        let bundle = self.path(&format!("bundle-{}-{id}", self.namespace));
         fs::create_dir_all(bundle.join("rootfs")).unwrap();
         fs::write(bundle.join("rootfs/hello"), "hello from the root file system\n").unwrap();
         let mut spec = json!({
@@ -349,6 +350,22 @@ pub(crate) fn read_all(fifo: &str) -> tokio::task::JoinHandle<Vec<u8>> {
 /// has ended.
 fn reap_orphans() {
     while nix::sys::wait::wait().is_ok() {}
+}
+
+/// Kills all orphans, and those who become orphans by that.
+pub(crate) fn end_orphans() {
+    loop {
+        for thread in fs::read_dir("/proc/self/task").unwrap() {
+            let children = fs::read_to_string(thread.unwrap().path().join("children")).unwrap_or_default();
+            for child in children.split_whitespace() {
+                let _ = kill(Pid::from_raw(child.parse().unwrap()), Signal::SIGKILL);
+            }
+        }
+        // The loop ends with the last child: ECHILD.
+        if nix::sys::wait::wait().is_err() {
+            return;
+        }
+    }
 }
 
 /// The code of a failed call.

@@ -158,7 +158,7 @@ async fn annotations() {
         ("io.katacontainers.config.hypervisor.default_maxvcpus", "2", "enable_annotations"),
         ("io.katacontainers.config.hypervisor.default_memory", "1", "least of 64 MiB"),
     ] {
-        let _ = std::fs::remove_dir_all(node.path("bundle-pod"));
+        let _ = std::fs::remove_dir_all(node.path("bundle-test-pod"));
         let task = container(&node, "pod", spec("sandbox", &[(name, value)], Value::Null)).await;
         let error = task.create(&Io::default()).await.unwrap_err();
         assert_eq!(code(&error), Code::INVALID_ARGUMENT, "{error}");

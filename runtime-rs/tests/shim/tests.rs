@@ -30,6 +30,7 @@ pub(crate) fn all() -> Vec<Trial> {
         trial("output without a reader waits for one, and goes with its process", late_readers),
         trial("requests in the wrong state are refused with containerd's codes", wrong_states),
         trial("a guest that ends or hangs early is reported as what it was", early_ends),
+        trial("a request that the agent lets pass is reported as that, and not as the guest's end", unanswered),
         trial("bad input is refused with its code and its remedy", bad_input),
         trial("the end of the machine is the end of every process with 137", machine_ends),
         trial("a pod has one process and its containers join it", pods),
@@ -339,6 +340,19 @@ async fn early_ends() {
     }
 }
 
+async fn unanswered() {
+    let node = Node::new().await;
+    node.configure(
+        "[hypervisor.dragonball]\nkernel_params = \"fake=deaf\"\n[agent.kata]\ncreate_container_timeout = 1",
+    );
+    let bundle = node.bundle("deaf", &["/bin/true"], Value::Null);
+    let task = node.connect("deaf", &bundle).await;
+    let error = task.create(&Io::default()).await.unwrap_err();
+    assert_eq!(code(&error), Code::DEADLINE_EXCEEDED, "{error}");
+    assert!(error.to_string().contains("did not answer within"), "{error}");
+    finish(&node, &task).await;
+}
+
 async fn bad_input() {
     let bind =
         json!({"mounts": [{"type": "bind", "source": "/nonexistent/x", "destination": "/x", "options": ["rbind"]}]});
@@ -487,7 +501,7 @@ async fn killed_pods() {
 async fn killed_starts() {
     let node = Node::new().await;
     for microseconds in (0..20_000).step_by(500) {
-        let bundle = node.path("bundle-start");
+        let bundle = node.path("bundle-test-start");
         let _ = fs::remove_dir_all(&bundle);
         let bundle_again = node.bundle("start", &["/bin/true"], Value::Null);
         assert_eq!(bundle, bundle_again);

@@ -6,6 +6,7 @@ use std::time::Instant;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
+use tests::containerd::Purpose;
 use tests::context::{BUSYBOX, DEBIAN, KATA};
 use tests::ctr::Ctr;
 use tests::process::Finished;
@@ -40,7 +41,7 @@ fn main() -> Result<()> {
 }
 
 fn show(arguments: &Arguments, work: &Path) -> Result<()> {
-    let stack = Stack::new(&arguments.stack, KATA, "demo", work)?;
+    let stack = Stack::new(&arguments.stack, Purpose::Containers, KATA, "demo", work)?;
     let timelines = work.join("timelines");
     fs::create_dir_all(&timelines)?;
     let directory = toml::Value::String(timelines.display().to_string()).to_string();

@@ -35,6 +35,9 @@ enum Action {
         /// Only with this containerd of the lab: base (1.7) or containerd-2.1.
         #[arg(long, value_name = "SNAPSHOT")]
         snapshot: Option<Snapshot>,
+        /// Run the cases of pods, too.
+        #[arg(long)]
+        pods: bool,
         #[command(flatten)]
         passed: Passed,
     },
@@ -138,9 +141,10 @@ const LAB_SLOWNESS: &str = "10";
 fn main() -> Result<ExitCode> {
     let (parts, program, arguments, (snapshots, passed)) = match Arguments::parse().action {
         Action::Program(alone) => return alone.run(),
-        Action::Test { parts, filter, snapshot, passed } => {
+        Action::Test { parts, filter, snapshot, pods, passed } => {
             let snapshots = snapshot.map_or_else(|| vec![Snapshot::Base, Snapshot::Containerd21], |one| vec![one]);
-            (parts, "suites", filter.into_iter().collect::<Vec<_>>(), (snapshots, passed))
+            let pods = pods.then(|| "--pods".to_owned());
+            (parts, "suites", pods.into_iter().chain(filter).collect::<Vec<_>>(), (snapshots, passed))
         }
         Action::Demo { parts } => (parts, "demo", Vec::new(), (vec![Snapshot::Base], Passed::default())),
     };

@@ -7,8 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
 use libtest_mimic::{FormatSetting, Trial};
+use nix::sys::signal::Signal;
 use tests::cases::{self, devices::HostDevices};
+use tests::containerd::{PAUSE, Purpose};
 use tests::context::{BUSYBOX, Context, DEBIAN, Images, KATA, RUNC};
+use tests::cri::{ContainerSpec, PodSpec};
 use tests::ctr::Ctr;
 use tests::event::Deadline;
 use tests::harness::trial;
@@ -43,6 +46,9 @@ struct Arguments {
     /// The static program by which containers use such devices.
     #[arg(long, value_name = "FILE", requires = "device")]
     passthrough: Option<PathBuf>,
+    /// Run the cases of pods, too: containerd then serves the CRI.
+    #[arg(long, requires = "containerd")]
+    pods: bool,
     /// Tell the results as JSON, one event a line.
     #[arg(long)]
     json: bool,
@@ -107,9 +113,13 @@ fn run(arguments: &Arguments, work: &Path) -> Result<ExitCode> {
         return Ok(libtest_mimic::run(&arguments.harness(), trials).exit_code());
     }
     let namespace = format!("suites-{}", std::process::id());
-    let stack = Stack::new(&arguments.stack, &arguments.runtime, &namespace, work)?;
+    let purpose = if arguments.pods { Purpose::Pods } else { Purpose::Containers };
+    let stack = Stack::new(&arguments.stack, purpose, &arguments.runtime, &namespace, work)?;
     let context = context(arguments, work, stack)?;
     prepare(&context, cases::all().iter().any(|case| case.services && arguments.selects(case.name)))?;
+    if arguments.pods {
+        prepare_pods(&context)?;
+    }
     let (scope, patience) = (context.scope.clone(), context.within(10));
     let namespaces = [context.stack.ctr.clone(), context.other_namespace()];
     let before = Snapshot::take(&scope)?;
@@ -130,6 +140,7 @@ fn run(arguments: &Arguments, work: &Path) -> Result<ExitCode> {
 fn context(arguments: &Arguments, work: &Path, stack: Stack) -> Result<Context> {
     let (root, state) = stack.directories();
     let mut scope = Scope::containerd(&stack.ctr.namespace, &root, &state);
+    scope.daemon = stack.own.as_ref().map(|own| own.config().display().to_string());
     if arguments.runtime != KATA {
         // runc's shim leaves its socket there when it is killed; that is not ours to judge.
         scope.directories.retain(|(directory, _)| directory != Path::new("/run/containerd/s"));
@@ -137,6 +148,7 @@ fn context(arguments: &Arguments, work: &Path, stack: Stack) -> Result<Context> 
     let images = Images {
         busybox: arguments.stack.images.join("busybox.tar"),
         debian: arguments.stack.images.join("debian.tar"),
+        pause: arguments.stack.images.join("pause.tar"),
     };
     let (work, slowness) = (work.join("case"), arguments.stack.slowness);
     let mut context = Context::new(stack, &search_path(&arguments.stack), scope, images, &work, slowness)?;
@@ -145,6 +157,7 @@ fn context(arguments: &Arguments, work: &Path, stack: Stack) -> Result<Context> 
         HostDevices { addresses, program }
     });
     context.second_chances = SecondChances::new(arguments.emulated);
+    context.pods = arguments.pods;
     Ok(context)
 }
 
@@ -162,6 +175,24 @@ fn prepare(context: &Context, services: bool) -> Result<()> {
         ran.with_context(|| format!("runc cannot run {image} on this machine"))?;
     }
     Ok(())
+}
+
+/// Imports the images for pods and runs one. containerd's CRI knows them for certain when it has started again: it learns
+/// of others' images a while after they came.
+fn prepare_pods(context: &Context) -> Result<()> {
+    let ctr = context.of_pods();
+    for archive in [&context.images.pause, &context.images.busybox] {
+        ctr.import(archive)?;
+    }
+    context.restart_containerd(Signal::SIGTERM, || Ok(()))?;
+    context.cri.expect_ready()?;
+    let images = context.cri.images()?;
+    ensure!([PAUSE, BUSYBOX].iter().all(|image| images.iter().any(|known| known == image)), "{images:?}");
+    // What the first pod makes for all is there then.
+    let pod = context.cri.run_pod(PodSpec::new("warm-up", &context.work))?;
+    pod.run(ContainerSpec::new("warm-up", BUSYBOX, &["true"]))?.ended()?;
+    pod.remove()?;
+    std::fs::remove_file(context.work.join("warm-up.log")).context("The first container has no log")
 }
 
 /// Gives the machine's containerd its namespaces back; one of our own ends anyway.

@@ -62,7 +62,7 @@ fn kill(process: &Pidfd) -> Result<()> {
 }
 
 /// Options that put ctr's own FIFOs where the case ends: ctr forgets them when it did not delete the task itself.
-pub(super) fn with_fifos(context: &Context, options: &[&str]) -> Vec<String> {
+fn with_fifos(context: &Context, options: &[&str]) -> Vec<String> {
     let directory = context.work.join("fifos").display().to_string();
     options.iter().map(|option| (*option).to_owned()).chain(["--fifo-dir".to_owned(), directory]).collect()
 }
@@ -91,6 +91,23 @@ fn put_away(context: &Context, id: &str) -> Result<()> {
     let deleted = context.ctr.any(&["container", "delete", id])?;
     ensure!(deleted.code == 0 || deleted.error_text().contains("not found"), "ctr container delete: {deleted:?}");
     Ok(())
+}
+
+/// Runs a container with `options`, kills its pod process after `before`, and puts away what containerd has of it.
+pub(super) fn run_and_kill(
+    context: &Context,
+    options: &[&str],
+    before: impl FnOnce(&Container<'_>) -> Result<()>,
+) -> Result<()> {
+    let id = context.id("killed");
+    let mut events = Events::subscribe(&context.ctr)?;
+    let options = with_fifos(context, options);
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let container = context.ctr.detach(&options, BUSYBOX, &id, FOREVER)?;
+    before(&container)?;
+    kill(&pod_process(context, &id)?)?;
+    events.of("/tasks/exit", &id, context.ctr.deadline())?;
+    put_away(context, &id)
 }
 
 /// Side effects of one whole start, by its journal.

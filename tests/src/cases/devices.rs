@@ -11,7 +11,6 @@ use super::{crash, strings};
 use crate::context::{BUSYBOX, Context};
 use crate::ctr::Container;
 use crate::harness::Case;
-use crate::observe::Events;
 
 pub(super) const CASES: &[Case] = &[
     Case::with_devices("devices: a container computes with the devices that it asked for", alone),
@@ -128,17 +127,7 @@ fn after_death(context: &Context) -> Result<()> {
     let address = addresses.first().context("No device was given")?;
     let mut options = driver_options(program);
     options.extend(["--device".to_owned(), group(address)?]);
-    let id = context.id("killed");
-    let mut events = Events::subscribe(&context.ctr)?;
-    let with_fifos = crash::with_fifos(context, &strings(&options));
-    let container = context.ctr.detach(&strings(&with_fifos), BUSYBOX, &id, &["sleep", "10000"])?;
-    use_device(&container, "before")?;
-    let pid = nix::unistd::Pid::from_raw(container.status()?.pid);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
-    events.of("/tasks/exit", &id, context.ctr.deadline())?;
-    // containerd may have removed the task already, as it does when a pod's process dies.
-    context.ctr.any(&["task", "delete", "--force", &id])?;
-    container.remove_container()?;
+    crash::run_and_kill(context, &strings(&options), |container| use_device(container, "before"))?;
     let driver = fs::read_link(Path::new("/sys/bus/pci/devices").join(address).join("driver"))?;
     ensure!(driver.ends_with("vfio-pci"), "{}", driver.display());
     let said = context.ctr.run(&strings(&options), BUSYBOX, &context.id("next"), &["/passthrough"])?;

@@ -3,6 +3,7 @@
 mod bad_guest;
 mod bad_input;
 mod crash;
+mod cri;
 pub mod devices;
 mod exec;
 mod exit;
@@ -27,6 +28,14 @@ pub fn all() -> Vec<Case> {
         tasks::CASES,
         sizes::CASES,
         network::CASES,
+        cri::lifecycle::CASES,
+        cri::pod::CASES,
+        cri::ports::CASES,
+        cri::restart::CASES,
+        cri::sandboxer::CASES,
+        cri::security::CASES,
+        cri::streams::CASES,
+        cri::volumes::CASES,
         leftover::CASES,
         bad_input::CASES,
         bad_guest::CASES,

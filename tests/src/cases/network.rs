@@ -12,7 +12,6 @@ use crate::context::{BUSYBOX, Context};
 use crate::ctr::Container;
 use crate::event::readable;
 use crate::harness::Case;
-use crate::observe::Events;
 use crate::process::Running;
 
 pub(super) const CASES: &[Case] = &[
@@ -205,16 +204,7 @@ fn parted(context: &Context) -> Result<()> {
 
 fn after_death(context: &Context) -> Result<()> {
     let network = PodNetwork::new()?;
-    let id = context.id("killed");
-    let mut events = Events::subscribe(&context.ctr)?;
-    let with_fifos = crash::with_fifos(context, &strings(&network.options()));
-    let container = context.ctr.detach(&strings(&with_fifos), BUSYBOX, &id, &["sleep", "10000"])?;
-    let pid = nix::unistd::Pid::from_raw(container.status()?.pid);
-    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGKILL)?;
-    events.of("/tasks/exit", &id, context.ctr.deadline())?;
-    // containerd may have removed the task already, as it does when a pod's process dies.
-    context.ctr.any(&["task", "delete", "--force", &id])?;
-    container.remove_container()?;
+    crash::run_and_kill(context, &strings(&network.options()), |_| Ok(()))?;
     network.expect_no_trace()?;
     let next = context.ctr.detach(&strings(&network.options()), BUSYBOX, &context.id("next"), &["sleep", "10000"])?;
     exchange(context, &next)?;

@@ -100,6 +100,8 @@ fn processes(scope: &Scope) -> Result<Vec<Thing>> {
         relevant.extend(children);
     }
     relevant.remove(&ours);
+    let is_daemon = |process: &Process| scope.daemon.as_ref().is_some_and(|daemon| process.command.contains(daemon));
+    relevant.retain(|pid| !found.get(pid).is_some_and(is_daemon));
     let thing = |pid: i32| {
         let process = found.get(&pid)?;
         Some(Thing::Process { pid, start: process.start, command: process.command.clone() })

@@ -23,6 +23,8 @@ pub struct Scope {
     pub programs: Vec<String>,
     /// Directories whose content is compared, and how many levels below each.
     pub directories: Vec<(PathBuf, usize)>,
+    /// What only the command line of the containerd that serves them has: that one may be started again meanwhile.
+    pub daemon: Option<String>,
 }
 
 impl Scope {
@@ -42,12 +44,14 @@ impl Scope {
             (PathBuf::from("/run/containerd/runc"), 3),
             (state.to_owned(), 4),
             (root.join("io.containerd.runtime.v2.task"), 4),
+            (root.join("io.containerd.grpc.v1.cri"), 3),
             (root.join("io.containerd.snapshotter.v1.overlayfs/snapshots"), 1),
         ];
         Self {
             marker: marker.to_owned(),
             programs: programs.map(str::to_owned).into(),
             directories: directories.into(),
+            daemon: None,
         }
     }
 }

@@ -108,7 +108,7 @@ mod tests {
 
     fn scope(directory: &Path) -> Scope {
         let marker = format!("leftovers-test-{}", std::process::id());
-        Scope { marker, programs: Vec::new(), directories: vec![(directory.to_owned(), 3)] }
+        Scope { marker, programs: Vec::new(), directories: vec![(directory.to_owned(), 3)], daemon: None }
     }
 
     fn now() -> Deadline {

@@ -2,12 +2,17 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::plug::BLOCK;
 use crate::virtio::observed::Observed;
+
+/// How long a guest that somebody waits for may change nothing before it is told again; the next time, twice as long. Linux
+/// waits 50 seconds by itself when memory that it should give back was in use for a moment, then twice as long
+/// (`drivers/virtio/virtio_mem.c`).
+const PATIENCE: Duration = Duration::from_secs(2);
 
 /// How much pluggable memory a guest may have, shall have and has, in bytes.
 #[derive(Clone, Copy, Debug, Eq, PartialEq)]
@@ -62,10 +67,34 @@ impl MemControl {
         self.state.watch(watcher);
     }
 
-    /// Waits until `reached` is true of the state, at most until `deadline`; returns the state then. Not for the `vmm`
-    /// thread, which the guest is served by.
+    /// Waits until `reached` is true of the state, at most until `deadline`; returns the state then. A guest that has another
+    /// size than it shall have and comes no nearer is told again meanwhile. Not for the `vmm` thread, which the guest is
+    /// served by.
     #[must_use]
     pub fn wait(&self, deadline: Instant, reached: impl FnMut(MemState) -> bool) -> MemState {
-        self.state.wait(deadline, reached)
+        self.wait_patiently(deadline, PATIENCE, reached)
+    }
+
+    /// [`Self::wait`], with the time after which the guest is first told again.
+    pub(super) fn wait_patiently(
+        &self,
+        deadline: Instant,
+        mut patience: Duration,
+        mut reached: impl FnMut(MemState) -> bool,
+    ) -> MemState {
+        loop {
+            let before = self.state.get();
+            let pause = deadline.min(Instant::now() + patience);
+            let state = self.state.wait(pause, |state| reached(state) || state != before);
+            if reached(state) || Instant::now() >= deadline {
+                return state;
+            }
+            if state == before && state.driver && state.plugged != state.requested {
+                if let Err(error) = self.changed.write(1) {
+                    tracing::debug!(%error, "the guest is not told again of its memory");
+                }
+                patience = patience.saturating_mul(2);
+            }
+        }
     }
 }

@@ -1,5 +1,7 @@
 //! Tests of the memory device through its ring. No VM is behind it: `memory::plug` has the tests with one.
 
+use std::time::{Duration, Instant};
+
 use rstest::rstest;
 use vm_memory::{Bytes, GuestAddress};
 
@@ -167,6 +169,34 @@ fn the_guest_is_told_of_another_size_and_the_host_of_what_came_of_it() {
     ask(&mut harness, PLUG, 2, 1);
     assert_eq!(receiver.try_iter().collect::<Vec<_>>(), [2 * BLOCK, 3 * BLOCK]);
     assert_eq!(control.set_requested(u64::MAX).unwrap(), control.state().max);
+}
+
+#[test]
+fn a_guest_that_comes_no_nearer_is_told_again_while_somebody_waits() {
+    let mut harness = harness(4 * BLOCK);
+    ask(&mut harness, PLUG, 0, 4);
+    let control = harness.device.control();
+    control.set_requested(0).unwrap();
+    harness.settle();
+    let told = harness.config_changes;
+    let deadline = Instant::now() + Duration::from_secs(60);
+    let waiter = std::thread::spawn(move || {
+        control.wait_patiently(deadline, Duration::from_millis(1), |state| state.plugged == 0).plugged
+    });
+    harness.run_until(|harness| harness.config_changes >= told + 2);
+    assert_eq!(ask(&mut harness, UNPLUG_ALL, 0, 0).0, ACK);
+    assert_eq!(waiter.join().unwrap(), 0);
+}
+
+#[test]
+fn a_guest_with_the_size_that_it_shall_have_is_not_told_again() {
+    let mut harness = harness(0);
+    harness.settle();
+    let told = harness.config_changes;
+    let deadline = Instant::now() + Duration::from_millis(20);
+    let state = harness.device.control().wait_patiently(deadline, Duration::from_millis(1), |_| false);
+    harness.settle();
+    assert_eq!((state.plugged, harness.config_changes), (0, told));
 }
 
 #[test]
