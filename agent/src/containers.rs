@@ -12,13 +12,14 @@ use libcgroups::common::{CgroupManager, ControllerOpt};
 use libcgroups::v2::manager::Manager;
 use oci_spec::runtime::LinuxResources;
 use protobuf::Message;
-use protocols::MAX_SPEC;
 use protocols::agent::ContainerOptions;
 use protocols::containerd::api::{CreateTaskRequest, ExecProcessRequest};
+use protocols::{MAX_SPEC, SHARED_DIR};
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 
 use crate::cgroup::{CGROUP_ROOT, Cgroup};
+use crate::copies;
 use crate::error::{Error, Result};
 use crate::events;
 use crate::guest::{Container, Guest, check_id};
@@ -32,6 +33,8 @@ use crate::sys;
 
 /// Type of the process description in an Exec request, as containerd registers it.
 const PROCESS_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+/// Directory of volumes, in a container's shared directory, and of copies of them in its bundle.
+const COPIES: &str = "mounts";
 /// Type of the resources in an Update request.
 const RESOURCES_TYPE: &str = "types.containerd.io/opencontainers/runtime-spec/1/LinuxResources";
 
@@ -81,6 +84,7 @@ impl Guest {
             mounts.add_storages(&options.storages)?;
             mounts.add_rootfs(&request.rootfs, &rootfs)?;
         }
+        self.copy_volumes(container, &options.copies).await?;
         let spec = container.bundle.join("spec.json");
         let content = match &options.devices[..] {
             [] => Cow::Borrowed(&options.spec),
@@ -93,6 +97,29 @@ impl Guest {
         let (id, bundle) = (container.id.clone(), container.bundle.clone());
         let request = |stdio| Request::Create(Create { id, bundle, rootfs, pid_namespace, stdio });
         self.launch(&container.init, "create", request).await
+    }
+
+    async fn copy_volumes(&self, container: &Container, numbers: &[u32]) -> Result<()> {
+        if numbers.is_empty() {
+            return Ok(());
+        }
+        let directory = container.bundle.join(COPIES);
+        fs::create_dir_all(&directory).map_err(Error::io(format!("cannot make {}", directory.display())))?;
+        for number in numbers {
+            refresh(container, *number).await?;
+        }
+        Ok(())
+    }
+
+    /// Makes a container's copy of a volume like the volume again.
+    pub(crate) async fn refresh_copy(&self, id: &str, number: u32) -> Result<()> {
+        let container = self.container(id)?;
+        if !container.bundle.join(COPIES).join(number.to_string()).is_dir() {
+            return Err(Error::invalid(format!("container {id:?} has no copy of a volume of number {number}")));
+        }
+        // Two at once would be in each other's way. It is never closed.
+        let _turn = container.turn.acquire().await;
+        refresh(&container, number).await
     }
 
     /// The PID namespace of the sandbox as a path for others, made when it is asked for first.
@@ -322,6 +349,11 @@ impl Guest {
     }
 }
 
+async fn refresh(container: &Container, number: u32) -> Result<()> {
+    let source = Path::new(SHARED_DIR).join(&container.id).join(COPIES).join(number.to_string());
+    copies::refresh(source, container.bundle.join(COPIES).join(number.to_string())).await
+}
+
 fn create_options(request: &CreateTaskRequest) -> Result<ContainerOptions> {
     check_id("container id", &request.id)?;
     if !request.checkpoint.is_empty() || !request.parent_checkpoint.is_empty() {
@@ -440,6 +472,7 @@ fn remove_files(container: &Container) -> Vec<String> {
     for file in ["spec.json", "config.json"] {
         note(bundle.join(file), fs::remove_file(bundle.join(file)));
     }
+    note(bundle.join(COPIES), fs::remove_dir_all(bundle.join(COPIES)));
     for directory in [bundle.join("rootfs"), bundle.clone()] {
         note(directory.clone(), fs::remove_dir(&directory));
     }

@@ -6,6 +6,7 @@
 mod boot;
 mod cgroup;
 mod containers;
+mod copies;
 mod devices;
 mod error;
 mod events;

@@ -17,7 +17,7 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{EnumOrUnknown, MessageField};
 use protocols::agent::{
     Event, ForwardRequest, ForwardResponse, MemoryTypesRequest, MemoryTypesResponse, NextEventRequest,
-    OnlineCpuMemRequest, OnlineCpuMemResponse, SetupRequest, SetupResponse,
+    OnlineCpuMemRequest, OnlineCpuMemResponse, RefreshCopyRequest, RefreshCopyResponse, SetupRequest, SetupResponse,
 };
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::containerd::api::{
@@ -157,6 +157,11 @@ impl AgentService for Handle {
     async fn forward(&self, _: &TtrpcContext, request: ForwardRequest) -> ttrpc::Result<ForwardResponse> {
         self.wait(async move |guest| forward::forward(&guest.endpoint, &request).await).await?;
         Ok(ForwardResponse::default())
+    }
+
+    async fn refresh_copy(&self, _: &TtrpcContext, request: RefreshCopyRequest) -> ttrpc::Result<RefreshCopyResponse> {
+        self.change(async move |guest| guest.refresh_copy(&request.container_id, request.number).await).await?;
+        Ok(RefreshCopyResponse::default())
     }
 }
 

@@ -9,6 +9,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
 use protocols::agent::{Dns, SetupRequest, SetupResponse};
+use protocols::dns;
 
 use crate::boot;
 use crate::error::{Error, Result};
@@ -21,8 +22,6 @@ use crate::timeline;
 const RESOLV_CONF: &str = "/run/resolv.conf";
 /// Longest host name of Linux (uts_namespace(7)).
 const HOSTNAME_LENGTH: usize = 64;
-/// Longest resolv.conf; resolvers read three servers of it.
-const DNS_LIMIT: usize = 64 << 10;
 /// Sysctls that one request may set.
 const SYSCTLS: usize = 1024;
 /// Bytes of entropy that one request may bring.
@@ -95,28 +94,8 @@ fn limit_shared_memory(size: u64) -> Result<()> {
 
 fn write_resolv_conf(dns: Option<&Dns>) -> Result<()> {
     let Some(dns) = dns else { return Ok(()) };
-    let text = resolv_conf(dns)?;
+    let text = dns::resolv_conf(dns).map_err(Error::invalid)?;
     fs::write(RESOLV_CONF, text).map_err(Error::io(format!("cannot write {RESOLV_CONF}")))
-}
-
-/// resolv.conf(5).
-fn resolv_conf(dns: &Dns) -> Result<String> {
-    let words = || dns.servers.iter().chain(&dns.searches).chain(&dns.options);
-    if let Some(bad) =
-        words().find(|word| word.is_empty() || word.contains(|c: char| c.is_whitespace() || c.is_control()))
-    {
-        return Err(Error::invalid(format!("dns: {bad:?} is not one word")));
-    }
-    if words().map(String::len).sum::<usize>() > DNS_LIMIT {
-        return Err(Error::invalid(format!("dns: more than {DNS_LIMIT} bytes")));
-    }
-    let mut text: String = dns.servers.iter().map(|server| format!("nameserver {server}\n")).collect();
-    for (keyword, values) in [("search", &dns.searches), ("options", &dns.options)] {
-        if !values.is_empty() {
-            text.push_str(&format!("{keyword} {}\n", values.join(" ")));
-        }
-    }
-    Ok(text)
 }
 
 fn set_sysctls(request: &SetupRequest) -> Result<()> {
@@ -170,22 +149,6 @@ mod tests {
         assert_eq!(sysctl_path("net.ipv4.conf.eth0/1.forwarding").as_deref(), Some("net/ipv4/conf/eth0.1/forwarding"));
         for bad in ["", "/etc/passwd", "..", "net/../../etc/passwd", "net...x", "a//b", "a.\0"] {
             assert_eq!(sysctl_path(bad), None, "{bad:?} must be refused");
-        }
-    }
-
-    #[test]
-    fn resolv_conf_has_one_line_per_server_and_no_injected_lines() {
-        let dns = Dns {
-            servers: vec!["10.0.0.10".into(), "fd00::10".into()],
-            searches: vec!["svc.local".into(), "local".into()],
-            options: vec!["ndots:5".into()],
-            ..Default::default()
-        };
-        let expected = "nameserver 10.0.0.10\nnameserver fd00::10\nsearch svc.local local\noptions ndots:5\n";
-        assert_eq!(resolv_conf(&dns).ok().as_deref(), Some(expected));
-        for bad in ["", "1.1.1.1\nsearch evil", "a b"] {
-            let dns = Dns { servers: vec![bad.into()], ..Default::default() };
-            assert!(resolv_conf(&dns).is_err(), "{bad:?} must be refused");
         }
     }
 }

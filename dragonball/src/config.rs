@@ -175,6 +175,10 @@ pub struct FsConfig {
     pub tag: String,
     /// The directory.
     pub directory: PathBuf,
+    /// Directories of this name, two levels below `directory`, are changed by the guest alone: it may keep the names in them
+    /// for a while. All others it looks up each time.
+    #[serde(default)]
+    pub guest_only: Option<String>,
 }
 
 /// A device that may come while the machine runs.

@@ -17,6 +17,8 @@ pub use generated::agent;
 pub use generated::agent_ttrpc;
 pub use generated::cri;
 
+pub mod dns;
+
 /// vsock address of the host, as every guest sees it (linux/vm_sockets.h, `VMADDR_CID_HOST`).
 pub const HOST_CID: u32 = 2;
 /// vsock address of the guest; userspace vsock needs no node-wide number.
@@ -36,5 +38,10 @@ pub const STREAM_SCHEME: &str = "stream:";
 /// Bytes of a container's runtime spec (`config.json`, and what becomes of it for the guest): a ttrpc message holds 4 MiB,
 /// and the rest of a request needs room too.
 pub const MAX_SPEC: usize = 3 << 20;
+/// Bytes of a volume that a container gets as a copy, so that programs are told of its changes: it takes the guest's memory.
+/// A config map or secret has 1 MiB at most.
+pub const MAX_COPY_BYTES: u64 = 8 << 20;
+/// Files, directories and links of such a volume.
+pub const MAX_COPY_ENTRIES: usize = 4096;
 /// `Any.type_url` of [`agent::ContainerOptions`].
 pub const CONTAINER_OPTIONS_TYPE_URL: &str = "tatami.agent.v1.ContainerOptions";

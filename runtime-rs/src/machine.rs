@@ -12,6 +12,7 @@ use dragonball::{
     ConsoleOutput, DeviceConfig, FsConfig, MachineConfig, NetConfig, PmemConfig, VfioConfig, VsockConfig,
 };
 
+use crate::host::share;
 use crate::network::Network;
 use crate::sizing::Range;
 
@@ -196,7 +197,11 @@ impl Launcher for Dragonball {
         config.memory_max = Some(max.memory);
         config.huge_pages = plan.huge_pages;
         config.pmem = vec![PmemConfig { path: plan.image.clone(), read_only: true }];
-        config.fs = vec![FsConfig { tag: protocols::SHARED_TAG.to_owned(), directory: plan.shared.clone() }];
+        config.fs = vec![FsConfig {
+            tag: protocols::SHARED_TAG.to_owned(),
+            directory: plan.shared.clone(),
+            guest_only: Some(share::ROOT.to_owned()),
+        }];
         config.vsock = Some(VsockConfig { guest_cid: protocols::GUEST_CID, socket: plan.vsock.clone() });
         // The console is there for its tail alone, which error reports quote.
         config.console = ConsoleOutput::File(PathBuf::from("/dev/null"));

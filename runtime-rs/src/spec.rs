@@ -6,6 +6,7 @@
 
 mod devices;
 mod pod;
+mod volumes;
 
 use std::collections::HashMap;
 use std::io::Read;
@@ -124,6 +125,8 @@ pub struct Bind {
     pub source: PathBuf,
     /// With the mounts below it.
     pub recursive: bool,
+    /// The container sees a copy, which is changed when this is.
+    pub copied: bool,
 }
 
 /// A specification for the agent.
@@ -410,8 +413,10 @@ fn rewrite_mounts(fields: &mut Map<String, Value>, id: &str) -> Result<Vec<Bind>
         } else {
             let number = binds.len();
             let recursive = entry.has("rbind");
-            binds.push(Bind { number, source: PathBuf::from(entry.source), recursive });
-            format!("{SHARED_DIR}/{id}/mounts/{number}")
+            let copied = entry.has("ro") && volumes::is_copied(Path::new(&entry.source));
+            binds.push(Bind { number, source: PathBuf::from(entry.source), recursive, copied });
+            let parent = if copied { BUNDLES_DIR } else { SHARED_DIR };
+            format!("{parent}/{id}/mounts/{number}")
         };
         mount.insert("source".to_owned(), json!(path));
     }

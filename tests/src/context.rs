@@ -55,10 +55,16 @@ pub struct Context {
     pub images: Images,
     /// A directory for a case's own files; it is empty between cases.
     pub work: PathBuf,
+    /// The program that observes file systems.
+    pub storage_check: PathBuf,
     /// Devices that containers may have, where the machine has some.
     pub devices: Option<HostDevices>,
     /// Whether containerd serves the CRI, by which pods are made.
     pub pods: bool,
+    /// Whether only cases run that show how this version of containerd is served.
+    pub containerd_alone: bool,
+    /// How long the long run lasts, if there is to be one.
+    pub soak: Option<Duration>,
     /// How many times slower than metal the machine is: deadlines are multiplied by it.
     pub slowness: u32,
     /// How many cases may still run again.
@@ -91,8 +97,11 @@ impl Context {
             shim,
             images,
             work: work.to_owned(),
+            storage_check: PathBuf::new(),
             devices: None,
             pods: false,
+            containerd_alone: false,
+            soak: None,
             slowness,
             second_chances: SecondChances::new(false),
             next: AtomicU32::new(0),

@@ -24,6 +24,10 @@ pub struct Case {
     pub devices: bool,
     /// Whether it makes pods through the CRI.
     pub pods: bool,
+    /// Whether it shows something that no version of containerd changes.
+    pub whatever_containerd: bool,
+    /// Whether it takes far longer than others, and runs only when that is asked for.
+    pub soak: bool,
     /// Shows that it holds.
     pub run: fn(&Context) -> Result<()>,
 }
@@ -41,7 +45,16 @@ impl Case {
     /// A case about every runtime.
     #[must_use]
     pub const fn any(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
-        Self { name, about: About::Any, services: false, devices: false, pods: false, run }
+        Self {
+            name,
+            about: About::Any,
+            services: false,
+            devices: false,
+            pods: false,
+            whatever_containerd: false,
+            soak: false,
+            run,
+        }
     }
 
     /// The same case, with the image of real services.
@@ -56,6 +69,18 @@ impl Case {
         Self { pods: true, ..self }
     }
 
+    /// The same case, which any one containerd can show.
+    #[must_use]
+    pub const fn whatever_containerd(self) -> Self {
+        Self { whatever_containerd: true, ..self }
+    }
+
+    /// The same case with pods, as part of the long run.
+    #[must_use]
+    pub const fn for_soak(self) -> Self {
+        Self { pods: true, soak: true, ..self }
+    }
+
     /// A case about this stack alone, for machines with devices that containers may have.
     #[must_use]
     pub const fn with_devices(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
@@ -65,7 +90,16 @@ impl Case {
     /// A case about this stack alone.
     #[must_use]
     pub const fn kata(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
-        Self { name, about: About::Kata, services: false, devices: false, pods: false, run }
+        Self {
+            name,
+            about: About::Kata,
+            services: false,
+            devices: false,
+            pods: false,
+            whatever_containerd: false,
+            soak: false,
+            run,
+        }
     }
 }
 
@@ -76,6 +110,8 @@ pub fn trial(case: Case, context: &Arc<Mutex<Context>>) -> Trial {
     let of_other_machine = {
         let context = context.lock().unwrap_or_else(PoisonError::into_inner);
         let lacks = case.devices && context.devices.is_none() || case.pods && !context.pods;
+        let lacks = lacks || case.soak && context.soak.is_none();
+        let lacks = lacks || case.whatever_containerd && context.containerd_alone;
         lacks || case.about == About::Kata && !context.is_kata()
     };
     Trial::test(case.name, move || {

@@ -234,7 +234,7 @@ mod tests {
             (
                 "shared directory",
                 refusal(|config, dir| {
-                    config.fs.push(FsConfig { tag: "work".to_owned(), directory: missing(dir) });
+                    config.fs.push(FsConfig { tag: "work".to_owned(), directory: missing(dir), guest_only: None });
                 }),
             ),
         ];
@@ -260,7 +260,8 @@ mod tests {
     fn tags_are_short_and_different() {
         let tags = |tags: &[&str]| {
             refusal(|config, dir| {
-                let fs = |tag: &&str| FsConfig { tag: (*tag).to_owned(), directory: dir.to_path_buf() };
+                let fs =
+                    |tag: &&str| FsConfig { tag: (*tag).to_owned(), directory: dir.to_path_buf(), guest_only: None };
                 config.fs = tags.iter().map(fs).collect();
             })
         };

@@ -95,7 +95,7 @@ impl PreparedDevice {
             }
             DeviceConfig::Vfio(vfio) => Part::Vfio(passthrough.prepare(vfio).map_err(unmade(kind))?),
             DeviceConfig::Net(net) => Part::Other(Box::new(Net::open(net).map_err(unmade(kind))?)),
-            DeviceConfig::Fs(fs) => Part::Other(Box::new(Fs::new(&fs.tag, &fs.directory).map_err(unmade(kind))?)),
+            DeviceConfig::Fs(fs) => Part::Other(Box::new(Fs::new(fs).map_err(unmade(kind))?)),
         };
         Ok(Self { kind, part })
     }

@@ -5,8 +5,11 @@
 //!
 //! What the directory may hold, and what follows from it:
 //!
-//! - **Mounts that come later.** A lookup sees what is mounted at that moment. A name that the guest looked up before the
-//!   mount appeared is looked up again after [`CACHE_TIMEOUT`].
+//! - **Changes by others.** The guest looks a name up each time that a program uses it, so what the host or another guest
+//!   made, renamed or removed is seen at once, and with it the file's attributes. In directories that only this guest
+//!   changes ([`FsConfig::guest_only`]) it may use a name for [`CACHE_TIMEOUT`]. Content is taken from the host at each
+//!   open; a program that has a file open sees what others write within [`CACHE_TIMEOUT`], unless it reads with `O_DIRECT`.
+//! - **Mounts that come later.** A lookup sees what is mounted at that moment.
 //! - **Inode numbers.** Several mounts have the same numbers; the guest sees numbers of this device instead, one per
 //!   file for the device's whole life, so that no program in the guest takes two files for one.
 //! - **Unmounting on the host.** The device holds a descriptor (`O_PATH`) for each file that the guest's kernel has
@@ -16,7 +19,7 @@
 //! - **Descriptors.** They count against `RLIMIT_NOFILE`, of which the device leaves [`RESERVED_DESCRIPTORS`] to the
 //!   rest of the process; beyond that the guest gets `ENFILE`. Raise the limit before the device is made.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -26,6 +29,7 @@ use vmm_sys_util::epoll::EventSet;
 use super::device::{Activation, DeviceError, DeviceKind, EventRegistry, Outcome, SavedState, VirtioDevice};
 use super::ring::{Life, RING_FEATURES, RingPosition, TURN, Work};
 use super::state;
+use crate::config::FsConfig;
 
 mod island;
 mod mirror;
@@ -35,8 +39,7 @@ mod thread;
 use island::Island;
 use shared::SharedDirectory;
 
-/// How long the guest may take a name, or a file's attributes, for what they were. A directory that only this guest
-/// changes would bear any time; volumes that the host updates are seen with this delay.
+/// How long the guest may take a file's attributes, and names in directories that only it changes, for what they were.
 pub const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How many descriptors the device leaves to the rest of the process.
 pub const RESERVED_DESCRIPTORS: u64 = 256;
@@ -82,18 +85,19 @@ struct State {
 }
 
 impl Fs {
-    /// A device that shows the directory `path` under `tag`, the name by which the guest mounts it.
+    /// A device that shows a directory under the tag by which the guest mounts it.
     ///
     /// # Errors
-    /// When the tag does not fit, or `path` is not a directory that can be opened.
-    pub fn new(tag: &str, path: &Path) -> Result<Self, FsError> {
+    /// When the tag does not fit, or the directory cannot be opened.
+    pub fn new(config: &FsConfig) -> Result<Self, FsError> {
+        let (tag, path) = (&config.tag, &config.directory);
         let mut padded = [0; TAG_LENGTH];
         if tag.is_empty() || tag.len() > TAG_LENGTH || tag.contains('\0') {
             return Err(FsError::Tag(tag.to_owned()));
         }
         padded[..tag.len()].copy_from_slice(tag.as_bytes());
-        let directory =
-            SharedDirectory::open(path).map_err(|source| FsError::Directory { path: path.to_owned(), source })?;
+        let directory = SharedDirectory::open(path, config.guest_only.clone())
+            .map_err(|source| FsError::Directory { path: path.to_owned(), source })?;
         Ok(Self { tag: padded, directory: Arc::new(directory), life: Life::NEW, island: None })
     }
 

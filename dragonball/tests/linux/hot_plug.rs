@@ -48,7 +48,7 @@ fn every_kind_of_device_comes_works_and_goes_again_and_again() {
     let pmem = file(&directory, "pmem", 16 << 20);
     std::fs::create_dir(directory.join("share")).unwrap();
     std::fs::write(directory.join("share/hello"), "from the host\n").unwrap();
-    let share = FsConfig { tag: "share".to_owned(), directory: directory.join("share") };
+    let share = FsConfig { tag: "share".to_owned(), directory: directory.join("share"), guest_only: None };
     let net = NetConfig { vhost: VhostMode::Off, ..NetConfig::new("tatami-test0") };
     let devices = [
         ("disk", disk(&image)),

@@ -2,18 +2,18 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, ErrorKind};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::inotify::{AddWatchFlags, InitFlags, Inotify};
-use tokio::io::unix::AsyncFd;
+use nix::sys::inotify::AddWatchFlags;
 use tokio::net::unix::pipe;
 use tokio::sync::Notify;
 
 use crate::error::Error;
+use crate::host::notices::{self, Notices};
 
 /// Where a container's output goes.
 #[derive(Debug)]
@@ -117,16 +117,11 @@ async fn wait_until_read(writer: &File, reading: &impl Reading) -> io::Result<()
         return Ok(());
     }
     // No end of a pipe can wait for "empty"; but each read of a named one is an event of the file (inotify(7)).
-    let inotify = Inotify::init(InitFlags::IN_NONBLOCK | InitFlags::IN_CLOEXEC)?;
-    inotify.add_watch(&proc_path(writer), AddWatchFlags::IN_ACCESS | AddWatchFlags::IN_CLOSE_NOWRITE)?;
-    // SAFETY: an inotify instance has one descriptor of its own, which the `AsyncFd` owns and never hands out.
-    let inotify = unsafe { AsyncFd::register(OwnedFd::from(inotify)) }.map_err(|error| error.into_parts().1)?;
-    let mut events = [0; 4096];
+    let reads = AddWatchFlags::IN_ACCESS | AddWatchFlags::IN_CLOSE_NOWRITE;
+    let reads = Notices::of(notices::watch(&proc_path(writer), reads)?)?;
     while queued(writer)? > 0 && has_reader(writer)? {
-        let mut ready = inotify.readable().await?;
-        while ready.try_io(|inotify| Ok(nix::unistd::read(inotify, &mut events)?)).is_ok_and(|read| read.is_ok()) {
-            reading.progressed();
-        }
+        reads.changed().await?;
+        reading.progressed();
     }
     Ok(())
 }

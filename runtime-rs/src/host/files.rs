@@ -4,8 +4,9 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 
 use journal::{Effect, Journal};
-use protocols::agent::Interface;
-use protocols::cri::PodSandboxConfig;
+use protocols::agent::{Dns, Interface};
+use protocols::cri::{DNSConfig, PodSandboxConfig};
+use protocols::dns;
 
 use crate::error::Error;
 
@@ -69,29 +70,14 @@ fn hosts(hostname: &str, interfaces: &[Interface]) -> String {
 
 /// resolv.conf(5).
 fn resolv_conf(config: &PodSandboxConfig) -> Result<String, Error> {
-    let dns = &config.dns_config;
-    let whole = |word: &&String| !word.is_empty() && !word.contains(|c: char| c.is_whitespace() || c.is_control());
-    if let Some(bad) = dns.servers.iter().chain(&dns.searches).chain(&dns.options).find(|word| !whole(word)) {
-        return Err(Error::Invalid(format!("dns_config: {bad:?} is not one word")));
-    }
-    let mut text = String::new();
-    for server in &dns.servers {
-        let _ = writeln!(text, "nameserver {server}");
-    }
-    for (keyword, words) in [("search", &dns.searches), ("options", &dns.options)] {
-        if !words.is_empty() {
-            let _ = writeln!(text, "{keyword} {}", words.join(" "));
-        }
-    }
-    Ok(text)
+    let DNSConfig { servers, searches, options, .. } = config.dns_config.clone().unwrap_or_default();
+    dns::resolv_conf(&Dns { servers, searches, options, ..Dns::default() }).map_err(Error::Invalid)
 }
 
 #[cfg(test)]
 mod tests {
-    use protobuf::MessageField;
-    use protocols::cri::DNSConfig;
-
     use super::*;
+    use protobuf::MessageField;
 
     fn config(server: &str) -> PodSandboxConfig {
         let words = |words: &[&str]| words.iter().map(|word| (*word).to_owned()).collect();

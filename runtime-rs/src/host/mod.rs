@@ -7,4 +7,5 @@ pub mod fifo;
 pub mod files;
 pub mod log;
 pub mod mount;
+pub mod notices;
 pub mod share;

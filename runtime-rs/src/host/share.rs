@@ -18,6 +18,9 @@ use crate::paths::Paths;
 /// A mount point costs one inode; a sandbox has a few for each of its containers.
 const TMPFS_OPTIONS: &str = "mode=0700,size=1m,nr_inodes=16384";
 
+/// Name of a container's root file system in its directory. Only the guest changes it; volumes are others' too.
+pub const ROOT: &str = "rootfs";
+
 /// Makes the shared directory of a sandbox.
 ///
 /// # Errors
@@ -70,7 +73,7 @@ impl<'a> Share<'a> {
     ///
     /// [`Error`].
     pub fn rootfs(&mut self, mounts: &[Mount], fallback: &Path) -> Result<(), Error> {
-        let target = self.directory.join("rootfs");
+        let target = self.directory.join(ROOT);
         self.make_directory(&target)?;
         let bind;
         let mounts = if mounts.is_empty() {

@@ -15,6 +15,7 @@ use protocols::containerd::topics::{TASK_EXIT_EVENT_TOPIC, TASK_OOM_EVENT_TOPIC}
 use protocols::containerd::ttrpc;
 
 use super::Pod;
+use super::copies::Followed;
 use super::process::{Exit, Phase, Process};
 use super::sandbox::Sandbox;
 use crate::error::{Error, chain};
@@ -44,6 +45,8 @@ pub struct Hold {
     pub effects: Vec<EffectId>,
     /// What the machine was made large enough for.
     pub limits: Demand,
+    /// Its copies of volumes.
+    pub copies: Followed,
 }
 
 impl Container {

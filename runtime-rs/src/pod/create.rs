@@ -17,6 +17,7 @@ use protocols::{BUNDLES_DIR, CONTAINER_OPTIONS_TYPE_URL, SHARED_DIR};
 
 use super::Pod;
 use super::containers::{self, Container, Hold};
+use super::copies::Watches;
 use super::process::Process;
 use super::sandbox::Sandbox;
 use super::stdio::{Names, Pumps};
@@ -77,10 +78,16 @@ pub async fn create(pod: &Arc<Pod>, request: CreateTaskRequest) -> Result<u32, E
     Ok(Pod::pid())
 }
 
+/// What of a container is stored on the host, and how the guest is to use it.
+struct Stored {
+    guest: GuestSpec,
+    watches: Watches,
+    effects: Vec<EffectId>,
+}
+
 /// What the host has ready for a container.
 struct Prepared {
-    guest: GuestSpec,
-    effects: Vec<EffectId>,
+    stored: Stored,
     limits: Demand,
     devices: Vec<Passed>,
     sandbox: Arc<Sandbox>,
@@ -97,8 +104,8 @@ async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<P
         if let Some(files) = pod.files.get() {
             spec.complete(&files.places());
         }
-        let (guest, effects) = store(pod, request, spec).await?;
-        return Ok(Some(Prepared { guest, effects, limits, devices, sandbox }));
+        let stored = store(pod, request, spec).await?;
+        return Ok(Some(Prepared { stored, limits, devices, sandbox }));
     }
     let named = containers::config_path(request.options.as_ref())?;
     let first_devices = devices.iter().map(|device| device.path.clone()).collect();
@@ -110,9 +117,9 @@ async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<P
     let blueprint = found(pod, &spec, Some(limits), named).await?;
     let blueprint = Blueprint { devices: first_devices, ..blueprint };
     match tokio::join!(store(pod, request, spec), boot(pod, &blueprint)) {
-        (Ok((guest, effects)), Ok(sandbox)) => Ok(Some(Prepared { guest, effects, limits, devices, sandbox })),
-        (Ok((_, effects)), Err(error)) => {
-            containers::undo(pod, effects).await;
+        (Ok(stored), Ok(sandbox)) => Ok(Some(Prepared { stored, limits, devices, sandbox })),
+        (Ok(stored), Err(error)) => {
+            containers::undo(pod, stored.effects).await;
             Err(error)
         }
         (Err(error), _) => Err(error),
@@ -183,11 +190,13 @@ pub(super) async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Arc<Sa
 }
 
 /// Mounts what the container has on the host, and rewrites its specification accordingly.
-async fn store(pod: &Arc<Pod>, request: &CreateTaskRequest, spec: Spec) -> Result<(GuestSpec, Vec<EffectId>), Error> {
+async fn store(pod: &Arc<Pod>, request: &CreateTaskRequest, spec: Spec) -> Result<Stored, Error> {
     let (pod, id, rootfs) = (Arc::clone(pod), request.id.clone(), request.rootfs.clone());
     blocking::run("store", move || {
         let root = spec.root();
         let guest = spec.into_guest(&id)?;
+        // Before the copies are made: what changes meanwhile is copied once more.
+        let watches = Watches::of(&guest.binds)?;
         let mut share = Share::create(&pod.paths, &id, &pod.journal)?;
         let mounted = mount_all(&mut share, &rootfs, &root, &guest.binds);
         let effects = std::mem::take(&mut share.effects);
@@ -198,7 +207,7 @@ async fn store(pod: &Arc<Pod>, request: &CreateTaskRequest, spec: Spec) -> Resul
             return Err(error);
         }
         pod.stamp("rootfs mounted");
-        Ok((guest, effects))
+        Ok(Stored { guest, watches, effects })
     })
     .await?
 }
@@ -216,7 +225,7 @@ fn pause(request: &CreateTaskRequest) -> Container {
 
 /// Makes the machine large enough for the container, and the container in the guest.
 async fn make(pod: &Arc<Pod>, request: &CreateTaskRequest, prepared: Prepared) -> Result<Container, Error> {
-    let Prepared { guest, effects, limits, devices, sandbox } = prepared;
+    let Prepared { stored: Stored { guest, watches, effects }, limits, devices, sandbox } = prepared;
     let names = names(request);
     let made = async {
         pod.gate.unless_closed(sandbox.resizer.hold(&request.id, limits)).await?;
@@ -234,7 +243,7 @@ async fn make(pod: &Arc<Pod>, request: &CreateTaskRequest, prepared: Prepared) -
     match made.await {
         Ok(pumps) => {
             let init = Process::new(String::new(), names, pumps);
-            let hold = Hold { effects, limits };
+            let hold = Hold { effects, limits, copies: watches.follow(&request.id, &sandbox) };
             Ok(Container::new(request.id.clone(), request.bundle.clone(), init, hold, false))
         }
         Err(error) => {
@@ -275,8 +284,10 @@ fn guest_request(
     devices: Vec<PciDevice>,
     streams: &Names,
 ) -> Result<CreateTaskRequest, Error> {
-    let GuestSpec { json: spec, sandbox_pidns, .. } = guest;
-    let options = ContainerOptions { spec, devices, sandbox_pidns, ..ContainerOptions::default() };
+    let GuestSpec { json: spec, sandbox_pidns, binds } = guest;
+    // They are counted from 0 and bounded by the specification's size.
+    let copies = binds.iter().filter(|bind| bind.copied).filter_map(|bind| u32::try_from(bind.number).ok()).collect();
+    let options = ContainerOptions { spec, devices, sandbox_pidns, copies, ..ContainerOptions::default() };
     let options = Any {
         type_url: CONTAINER_OPTIONS_TYPE_URL.to_owned(),
         value: options.write_to_bytes().map_err(|error| Error::Invalid(error.to_string()))?,

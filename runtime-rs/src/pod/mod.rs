@@ -1,6 +1,7 @@
 //! The pod process: serves the Task API, owns the sandbox, and undoes everything at the end.
 
 pub mod containers;
+pub mod copies;
 pub mod create;
 pub mod devices;
 pub mod events;

@@ -195,13 +195,26 @@ fn host_files_are_shared_under_numbers_and_their_options_are_kept() {
     assert_eq!(
         binds,
         [
-            Bind { number: 0, source: "/etc/hostname".into(), recursive: false },
-            Bind { number: 1, source: "/usr".into(), recursive: true },
+            Bind { number: 0, source: "/etc/hostname".into(), recursive: false, copied: false },
+            Bind { number: 1, source: "/usr".into(), recursive: true, copied: false },
         ]
     );
     assert_eq!(after["mounts"][1]["source"], json!(format!("{SHARED_DIR}/c1/mounts/0")));
     assert_eq!(after["mounts"][2]["source"], json!(format!("{SHARED_DIR}/c1/mounts/1")));
     assert_eq!(after["mounts"][2]["options"], json!(["rbind", "ro"]));
+}
+
+#[test]
+fn a_config_map_is_copied_unless_the_container_may_write_to_it() {
+    let directory = tempfile::tempdir().unwrap();
+    let volume = directory.path().join("kubernetes.io~configmap/config");
+    std::fs::create_dir_all(&volume).unwrap();
+    let mount =
+        |access: &str| json!({"type": "bind", "source": volume, "destination": "/c", "options": ["rbind", access]});
+    let (after, binds) = rewrite(&json!({"mounts": [mount("ro"), mount("rw")]})).unwrap();
+    assert_eq!(binds.iter().map(|bind| bind.copied).collect::<Vec<_>>(), [true, false]);
+    assert_eq!(after["mounts"][0]["source"], json!(format!("{BUNDLES_DIR}/c1/mounts/0")));
+    assert_eq!(after["mounts"][1]["source"], json!(format!("{SHARED_DIR}/c1/mounts/1")));
 }
 
 #[test]

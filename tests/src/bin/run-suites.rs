@@ -38,6 +38,12 @@ enum Action {
         /// Run the cases of pods, too.
         #[arg(long)]
         pods: bool,
+        /// With the older containerd, leave out what the newer one shows as well.
+        #[arg(long, conflicts_with = "snapshot")]
+        brief: bool,
+        /// Run the long cases, too, those without an end of their own for so many minutes.
+        #[arg(long, value_name = "MINUTES", requires = "pods")]
+        soak: Option<u32>,
         #[command(flatten)]
         passed: Passed,
     },
@@ -89,7 +95,7 @@ struct Parts {
     /// The OCI archives that `make images` makes.
     #[arg(long, value_name = "DIRECTORY")]
     images: PathBuf,
-    /// The directory with the programs `suites` and `demo`.
+    /// The directory with the programs `suites`, `demo` and `storage-check`.
     #[arg(long, value_name = "DIRECTORY")]
     bin: PathBuf,
     /// Where to write the logs and reports.
@@ -138,32 +144,48 @@ const PASSTHROUGH_PROGRAM: &str = "/root/bin/passthrough";
 /// Deadlines in the lab, where every CPU is emulated, are this many times those of metal.
 const LAB_SLOWNESS: &str = "10";
 
+/// A program to run, and where in the lab.
+struct Job {
+    program: &'static str,
+    arguments: Vec<String>,
+    /// Machines, each with what the program is told there only.
+    machines: Vec<(Snapshot, Option<&'static str>)>,
+    passed: Passed,
+}
+
 fn main() -> Result<ExitCode> {
-    let (parts, program, arguments, (snapshots, passed)) = match Arguments::parse().action {
+    let (parts, job) = match Arguments::parse().action {
         Action::Program(alone) => return alone.run(),
-        Action::Test { parts, filter, snapshot, pods, passed } => {
-            let snapshots = snapshot.map_or_else(|| vec![Snapshot::Base, Snapshot::Containerd21], |one| vec![one]);
+        Action::Test { parts, filter, snapshot, pods, brief, soak, passed } => {
+            let older = brief.then_some("--containerd-alone");
+            let both = vec![(Snapshot::Base, older), (Snapshot::Containerd21, None)];
+            let machines = snapshot.map_or(both, |one| vec![(one, None)]);
             let pods = pods.then(|| "--pods".to_owned());
-            (parts, "suites", pods.into_iter().chain(filter).collect::<Vec<_>>(), (snapshots, passed))
+            let soak = soak.map(|minutes| format!("--soak={minutes}"));
+            let arguments = [pods, soak, filter].into_iter().flatten().collect();
+            (parts, Job { program: "suites", arguments, machines, passed })
         }
-        Action::Demo { parts } => (parts, "demo", Vec::new(), (vec![Snapshot::Base], Passed::default())),
+        Action::Demo { parts } => {
+            let (machines, passed) = (vec![(Snapshot::Base, None)], Passed::default());
+            (parts, Job { program: "demo", arguments: Vec::new(), machines, passed })
+        }
     };
     fs::create_dir_all(&parts.report).with_context(|| format!("Cannot create {}", parts.report.display()))?;
     let probe = lab::probe::probe();
     println!("{probe}");
-    if probe.hardware && !parts.lab && passed.device.is_empty() {
-        return on_this_host(&parts, program, &arguments);
+    if probe.hardware && !parts.lab && job.passed.device.is_empty() {
+        return on_this_host(&parts, job.program, &job.arguments);
     }
     let mut failed = Vec::new();
-    for snapshot in snapshots {
-        if !again_if_the_machine_ended(|| in_the_lab(&parts, program, &arguments, (snapshot, &passed)))? {
+    for (snapshot, more) in &job.machines {
+        if !again_if_the_machine_ended(|| in_the_lab(&parts, &job, *snapshot, *more))? {
             failed.push(snapshot.name());
         }
     }
     if failed.is_empty() {
         return Ok(ExitCode::SUCCESS);
     }
-    eprintln!("{program} failed on {}; see {}", failed.join(" and "), parts.report.display());
+    eprintln!("{} failed on {}; see {}", job.program, failed.join(" and "), parts.report.display());
     Ok(ExitCode::FAILURE)
 }
 
@@ -189,26 +211,24 @@ fn on_this_host(parts: &Parts, program: &str, arguments: &[String]) -> Result<Ex
     Ok(if child.wait()?.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Answers whether the program succeeded in a machine restored from `snapshot`.
-fn in_the_lab(
-    parts: &Parts,
-    program: &str,
-    arguments: &[String],
-    (snapshot, passed): (Snapshot, &Passed),
-) -> Result<bool> {
+/// Answers whether the job's program succeeded in a machine restored from `snapshot`.
+fn in_the_lab(parts: &Parts, job: &Job, snapshot: Snapshot, more: Option<&str>) -> Result<bool> {
+    let Job { program, arguments, passed, .. } = job;
     println!("\n{program} in the lab, snapshot {snapshot}");
     let name = format!("{program}-{}-{}", snapshot.name().replace('.', "-"), std::process::id());
     let machine = passed.machine(snapshot, None, &name)?;
     // The directory's content is merged into the machine's root: an installation.
     machine.push(&parts.dist, "/")?;
     machine.push(&parts.images, "/root/images")?;
-    machine.push(&parts.bin.join(program), "/root/bin/")?;
+    for program in [*program, "storage-check"] {
+        machine.push(&parts.bin.join(program), "/root/bin/")?;
+    }
     let script = "exec \"$0\" --containerd \"$(command -v containerd)\" --images /root/images \"$@\"";
     let mut command = lab::Command::shell(script)
         .arg(format!("/root/bin/{program}"))
         .args(["--slowness", LAB_SLOWNESS])
-        .args(arguments);
-    command = if program == "demo" { command.args(["--report", "/root/report"]) } else { command.arg("--emulated") };
+        .args(arguments.iter().map(String::as_str).chain(more));
+    command = if *program == "demo" { command.args(["--report", "/root/report"]) } else { command.arg("--emulated") };
     if let Some(file) = &passed.passthrough {
         machine.push(file, PASSTHROUGH_PROGRAM)?;
         command = command.args(["--passthrough", PASSTHROUGH_PROGRAM]);
@@ -218,7 +238,7 @@ fn in_the_lab(
     let kind = if passed.device.is_empty() { "" } else { "-devices" };
     let log = Log::create(&parts.report.join(format!("{program}-{snapshot}{kind}.log")))?;
     let succeeded = succeeds(&machine, &command, log)?;
-    if program == "demo" && succeeded {
+    if *program == "demo" && succeeded {
         machine.pull("/root/report", &parts.report)?;
     }
     if !succeeded {

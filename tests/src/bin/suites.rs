@@ -3,6 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
 use clap::Parser;
@@ -49,6 +50,12 @@ struct Arguments {
     /// Run the cases of pods, too: containerd then serves the CRI.
     #[arg(long, requires = "containerd")]
     pods: bool,
+    /// Leave out what any other containerd shows as well.
+    #[arg(long)]
+    containerd_alone: bool,
+    /// Run the cases of long runs, too, those without an end of their own for so many minutes.
+    #[arg(long, value_name = "MINUTES", requires = "pods")]
+    soak: Option<u32>,
     /// Tell the results as JSON, one event a line.
     #[arg(long)]
     json: bool,
@@ -156,8 +163,11 @@ fn context(arguments: &Arguments, work: &Path, stack: Stack) -> Result<Context> 
         let addresses = arguments.device.clone();
         HostDevices { addresses, program }
     });
+    context.storage_check = std::env::current_exe()?.with_file_name("storage-check");
     context.second_chances = SecondChances::new(arguments.emulated);
     context.pods = arguments.pods;
+    context.containerd_alone = arguments.containerd_alone;
+    context.soak = arguments.soak.map(|minutes| Duration::from_secs(60) * minutes);
     Ok(context)
 }
 

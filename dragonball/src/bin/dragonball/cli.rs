@@ -222,7 +222,7 @@ fn parse_vhost(text: &str) -> Result<VhostMode, String> {
 pub(crate) fn parse_fs(text: &str) -> Result<FsConfig, String> {
     match text.split_once('=') {
         Some((tag, directory)) if !tag.is_empty() && !directory.is_empty() => {
-            Ok(FsConfig { tag: tag.to_owned(), directory: directory.into() })
+            Ok(FsConfig { tag: tag.to_owned(), directory: directory.into(), guest_only: None })
         }
         _ => Err("give a tag and a directory, for instance work=/srv/work".to_owned()),
     }
@@ -318,7 +318,7 @@ mod tests {
                     vhost: VhostMode::Off,
                 },
             ],
-            fs: vec![FsConfig { tag: "tag".to_owned(), directory: "/dir=1".into() }],
+            fs: vec![FsConfig { tag: "tag".to_owned(), directory: "/dir=1".into(), guest_only: None }],
             vsock: Some(VsockConfig { guest_cid: 7, socket: "sock".into() }),
             vfio: vec![
                 VfioConfig { path: "0000:01:00.0".into(), clique: Some(3), peer_to_peer: true },

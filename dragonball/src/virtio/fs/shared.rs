@@ -3,10 +3,11 @@
 //! - Every size that the guest names is bounded before memory is reserved for it.
 //! - The guest sees the device's own inode numbers (`nodeid`) everywhere, which are unique across mounts.
 //! - The number of descriptors is bounded, and what the guest holds is counted.
-//! - Larger requests are negotiated than the library does by itself.
+//! - Larger requests are negotiated than the library does by itself, and access control lists.
+//! - How long the guest may use a name without looking it up depends on who changes it.
 
 use std::collections::HashMap;
-use std::ffi::CStr;
+use std::ffi::{CStr, CString};
 use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -20,6 +21,7 @@ use fuse_backend_rs::api::filesystem::{
 };
 use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::stat::{Mode, umask};
 
 use super::{CACHE_TIMEOUT, RESERVED_DESCRIPTORS};
 
@@ -31,19 +33,24 @@ const MAX_READDIR: u32 = 128 << 10;
 const MAX_DESCRIPTORS: u64 = 1 << 20;
 
 /// What is negotiated beyond what the library asks for: requests of more than a page, reads and lookups that do not
-/// wait for each other, and page cache that is dropped when the host changed a file.
+/// wait for each other, page cache that is dropped when the host changed a file, and access control lists, with which the
+/// host has to decide what a umask means.
 const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::BIG_WRITES)
     .union(FsOptions::MAX_PAGES)
     .union(FsOptions::PARALLEL_DIROPS)
     .union(FsOptions::AUTO_INVAL_DATA)
-    .union(FsOptions::CACHE_SYMLINKS);
+    .union(FsOptions::CACHE_SYMLINKS)
+    .union(FsOptions::POSIX_ACL)
+    .union(FsOptions::DONT_MASK);
 
 /// A directory of the host as the guest's kernel uses it.
 pub(super) struct SharedDirectory {
     inner: PassthroughFs<()>,
-    /// How often the guest's kernel was given each inode and has not forgotten it.
-    lookups: Mutex<HashMap<u64, u64>>,
+    /// What the guest's kernel was given and has not forgotten.
+    lookups: Mutex<HashMap<u64, Known>>,
+    /// Name of the directories that the guest alone changes.
+    guest_only: Option<CString>,
     /// Open files and directories.
     handles: AtomicU64,
     /// The most inodes and handles together: each is a descriptor.
@@ -52,9 +59,30 @@ pub(super) struct SharedDirectory {
     session: Mutex<Option<u64>>,
 }
 
+/// An inode that the guest's kernel knows.
+#[derive(Clone, Copy)]
+struct Known {
+    /// How often it was given.
+    count: u64,
+    place: Place,
+}
+
+/// Where an inode is, which says who changes the names in it.
+#[derive(Clone, Copy, Debug, Eq, PartialEq)]
+enum Place {
+    /// The shared directory itself.
+    Root,
+    /// Right below it: what belongs together.
+    Top,
+    /// In a directory that the guest alone changes.
+    GuestOnly,
+    /// Anywhere else.
+    Everyones,
+}
+
 impl SharedDirectory {
-    /// Shares the directory `path`.
-    pub(super) fn open(path: &Path) -> io::Result<Self> {
+    /// Shares the directory `path`; `guest_only` names the directories in those below it that only the guest changes.
+    pub(super) fn open(path: &Path, guest_only: Option<String>) -> io::Result<Self> {
         if !path.metadata()?.is_dir() {
             return Err(io::Error::from(io::ErrorKind::NotADirectory));
         }
@@ -72,6 +100,7 @@ impl SharedDirectory {
         Ok(Self {
             inner: PassthroughFs::new(config)?,
             lookups: Mutex::default(),
+            guest_only: guest_only.map(CString::new).transpose()?,
             handles: AtomicU64::new(0),
             limit: AtomicU64::new(soft.saturating_sub(RESERVED_DESCRIPTORS).min(MAX_DESCRIPTORS)),
             session: Mutex::default(),
@@ -108,7 +137,7 @@ impl SharedDirectory {
         self.handles.store(0, Ordering::Relaxed);
     }
 
-    fn lookups(&self) -> MutexGuard<'_, HashMap<u64, u64>> {
+    fn lookups(&self) -> MutexGuard<'_, HashMap<u64, Known>> {
         lock(&self.lookups)
     }
 
@@ -121,12 +150,25 @@ impl SharedDirectory {
         }
     }
 
-    /// Notes that the guest's kernel gets `entry`, under the device's inode number.
-    fn give(&self, mut entry: Entry) -> Entry {
+    /// Notes that the guest's kernel gets `entry`, under the device's inode number, as `name` in `parent`.
+    fn give(&self, mut entry: Entry, parent: u64, name: &CStr) -> Entry {
+        let mut lookups = self.lookups();
+        let place = match lookups.get(&parent).map_or(Place::Root, |parent| parent.place) {
+            Place::Root => Place::Top,
+            Place::Top if self.guest_only.as_deref() == Some(name) => Place::GuestOnly,
+            Place::GuestOnly => Place::GuestOnly,
+            Place::Top | Place::Everyones => Place::Everyones,
+        };
         if entry.inode != ROOT_ID {
-            let mut lookups = self.lookups();
-            let count = lookups.entry(entry.inode).or_default();
-            *count = count.saturating_add(1);
+            let known = lookups.entry(entry.inode).or_insert(Known { count: 0, place });
+            known.count = known.count.saturating_add(1);
+            if known.place != place {
+                // It is in two places.
+                known.place = Place::Everyones;
+            }
+        }
+        if place != Place::GuestOnly {
+            entry.entry_timeout = Duration::ZERO;
         }
         entry.attr.st_ino = entry.inode;
         entry
@@ -135,8 +177,8 @@ impl SharedDirectory {
     fn take_back(&self, inode: u64, count: u64) {
         let mut lookups = self.lookups();
         if let Some(held) = lookups.get_mut(&inode) {
-            *held = held.saturating_sub(count);
-            if *held == 0 {
+            held.count = held.count.saturating_sub(count);
+            if held.count == 0 {
                 lookups.remove(&inode);
             }
         }
@@ -157,6 +199,15 @@ impl SharedDirectory {
 /// The lock of plain data, which is whole whatever its holder did.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Does `work` with the umask of a process of the guest: the host's kernel leaves it out where a directory has a default
+/// access control list. It is the device thread's own (see `thread`), and else none.
+fn masked<T>(mask: u32, work: impl FnOnce() -> T) -> T {
+    umask(Mode::from_bits_truncate(mask));
+    let done = work();
+    umask(Mode::empty());
+    done
 }
 
 /// A name as the guest's kernel looks it up. Linux never asks for `.` and `..`, and `..` could lead out of a directory
@@ -187,7 +238,7 @@ impl FileSystem for SharedDirectory {
     fn lookup(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<Entry> {
         check_name(name)?;
         self.check_limit()?;
-        self.inner.lookup(ctx, parent, name).map(|entry| self.give(entry))
+        self.inner.lookup(ctx, parent, name).map(|entry| self.give(entry, parent, name))
     }
 
     fn forget(&self, ctx: &Context, inode: u64, count: u64) {
@@ -226,17 +277,19 @@ impl FileSystem for SharedDirectory {
 
     fn symlink(&self, ctx: &Context, linkname: &CStr, parent: u64, name: &CStr) -> io::Result<Entry> {
         self.check_limit()?;
-        self.inner.symlink(ctx, linkname, parent, name).map(|entry| self.give(entry))
+        self.inner.symlink(ctx, linkname, parent, name).map(|entry| self.give(entry, parent, name))
     }
 
     fn mknod(&self, ctx: &Context, parent: u64, name: &CStr, mode: u32, rdev: u32, umask: u32) -> io::Result<Entry> {
         self.check_limit()?;
-        self.inner.mknod(ctx, parent, name, mode, rdev, umask).map(|entry| self.give(entry))
+        let made = masked(umask, || self.inner.mknod(ctx, parent, name, mode, rdev, 0));
+        made.map(|entry| self.give(entry, parent, name))
     }
 
     fn mkdir(&self, ctx: &Context, parent: u64, name: &CStr, mode: u32, umask: u32) -> io::Result<Entry> {
         self.check_limit()?;
-        self.inner.mkdir(ctx, parent, name, mode, umask).map(|entry| self.give(entry))
+        let made = masked(umask, || self.inner.mkdir(ctx, parent, name, mode, 0));
+        made.map(|entry| self.give(entry, parent, name))
     }
 
     fn unlink(&self, ctx: &Context, parent: u64, name: &CStr) -> io::Result<()> {
@@ -261,7 +314,7 @@ impl FileSystem for SharedDirectory {
 
     fn link(&self, ctx: &Context, inode: u64, newparent: u64, newname: &CStr) -> io::Result<Entry> {
         self.check_limit()?;
-        self.inner.link(ctx, inode, newparent, newname).map(|entry| self.give(entry))
+        self.inner.link(ctx, inode, newparent, newname).map(|entry| self.give(entry, newparent, newname))
     }
 
     fn open(
@@ -285,9 +338,11 @@ impl FileSystem for SharedDirectory {
         args: CreateIn,
     ) -> io::Result<(Entry, Option<u64>, OpenOptions, Option<u32>)> {
         self.check_limit()?;
-        let (entry, handle, options, passthrough) = self.inner.create(ctx, parent, name, args)?;
+        let unmasked = CreateIn { umask: 0, ..args };
+        let created = masked(args.umask, || self.inner.create(ctx, parent, name, unmasked));
+        let (entry, handle, options, passthrough) = created?;
         self.opened(handle);
-        Ok((self.give(entry), handle, options, passthrough))
+        Ok((self.give(entry, parent, name), handle, options, passthrough))
     }
 
     fn read(
@@ -396,7 +451,7 @@ impl FileSystem for SharedDirectory {
         self.check_limit()?;
         self.inner.readdirplus(ctx, inode, handle, size.min(MAX_READDIR), offset, &mut |name, entry| {
             let number = entry.inode;
-            let entry = self.give(entry);
+            let entry = self.give(entry, inode, &CString::new(name.name).unwrap_or_default());
             let added = add_entry(DirEntry { ino: number, ..name }, entry);
             if !matches!(added, Ok(1..)) {
                 self.take_back(number, 1);

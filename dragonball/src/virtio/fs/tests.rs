@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
+use std::path::Path;
 
 use fuse_backend_rs::abi::fuse_abi::{
     CreateIn, EntryOut, FallocateIn, FsOptions, FsyncIn, GetxattrIn, InHeader, InitIn, Kstatfs, LinkIn, MkdirIn,
@@ -23,6 +24,12 @@ const ANSWER: u32 = 128 << 10;
 /// Room for a request.
 const REQUEST: u32 = 128 << 10;
 
+/// A device whose guest alone changes what is in `*/rootfs`.
+fn device(tag: &str, directory: &Path) -> Result<Fs, FsError> {
+    let (tag, guest_only) = (tag.to_owned(), Some("rootfs".to_owned()));
+    Fs::new(&FsConfig { tag, directory: directory.to_owned(), guest_only })
+}
+
 /// A guest's kernel that has the file system of a directory mounted.
 struct Client {
     harness: Harness<Fs>,
@@ -37,7 +44,7 @@ impl Client {
     /// A guest that has not mounted the file system.
     fn unmounted() -> Self {
         let directory = tempfile::tempdir().unwrap();
-        let mut harness = Harness::new(Fs::new("test", directory.path()).unwrap());
+        let mut harness = Harness::new(device("test", directory.path()).unwrap());
         let request = harness.allocate(REQUEST);
         let answer = harness.writable(ANSWER);
         let request = Segment::Readable(request, REQUEST);
@@ -217,13 +224,13 @@ fn the_configuration_space_holds_the_tag_and_one_request_queue() {
 fn bad_tags_and_what_is_no_directory_are_refused() {
     let directory = tempfile::tempdir().unwrap();
     for tag in ["", "a tag that is longer than thirty-six b", "zero\0byte"] {
-        assert!(matches!(Fs::new(tag, directory.path()), Err(FsError::Tag(_))));
+        assert!(matches!(device(tag, directory.path()), Err(FsError::Tag(_))));
     }
-    assert!(Fs::new(&"x".repeat(36), directory.path()).is_ok());
+    assert!(device(&"x".repeat(36), directory.path()).is_ok());
     let file = directory.path().join("file");
     fs::write(&file, "").unwrap();
     for path in [file, directory.path().join("none")] {
-        assert!(matches!(Fs::new("tag", &path), Err(FsError::Directory { .. })));
+        assert!(matches!(device("tag", &path), Err(FsError::Directory { .. })));
     }
 }
 
@@ -250,7 +257,7 @@ fn a_mounted_file_system_survives_save_and_restore_if_nothing_of_it_is_in_use() 
     let segment = client.write_request(Opcode::Lookup as u32, ROOT_ID, &name_bytes("file"));
     let answer = client.answer;
     let head = client.harness.submit(1, &[segment, answer]);
-    let restored = Fs::new("test", client.directory.path()).unwrap();
+    let restored = device("test", client.directory.path()).unwrap();
     client.harness.replace(restored).unwrap();
     // The request that the saved device had not looked at, and then new ones.
     assert_eq!(client.harness.wait_used(1).head, head);

@@ -12,6 +12,7 @@ use tempfile::{NamedTempFile, TempDir};
 use super::script::{Scene, Script, run};
 use super::wire::{self, Wire};
 use super::{Harness, MEMORY_SIZE, PLUGGABLE_START, harness_memory};
+use crate::config::FsConfig;
 use crate::memory::PluggableMemory;
 use crate::memory::listener::DmaListeners;
 use crate::virtio::balloon::{Balloon, BalloonControl};
@@ -173,7 +174,10 @@ pub fn fs(bytes: &[u8]) {
     fs::create_dir(directory.path().join("d")).expect("a directory");
     fs::write(directory.path().join("f"), "contents").expect("a file");
     symlink("f", directory.path().join("l")).expect("a link");
-    let mut harness = Harness::new(Fs::new("fuzz", directory.path()).expect("a device"));
+    let mut harness = Harness::new(
+        Fs::new(&FsConfig { tag: "fuzz".to_owned(), directory: directory.path().to_owned(), guest_only: None })
+            .expect("a device"),
+    );
     let mut init = fuse_header(26, 0, 48);
     for word in [7_u32, 38, 1 << 17, u32::MAX, u32::MAX, 0] {
         init.extend_from_slice(&word.to_le_bytes());

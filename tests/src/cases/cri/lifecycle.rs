@@ -8,7 +8,7 @@ use super::{forever, run_pod, script, spec};
 use crate::context::{BUSYBOX, Context};
 use crate::cri::api::{
     ContainerState, ContainerStatusRequest, LinuxContainerResources, PodSandboxState, PodSandboxStatusRequest,
-    UpdateContainerResourcesRequest,
+    UInt64Value, UpdateContainerResourcesRequest,
 };
 use crate::cri::{ContainerSpec, lines};
 use crate::harness::Case;
@@ -164,14 +164,17 @@ fn update(context: &Context) -> Result<()> {
     pod.remove()
 }
 
+fn number(value: Option<UInt64Value>) -> u64 {
+    value.map_or(0, |value| value.value)
+}
+
 fn statistics(context: &Context) -> Result<()> {
     let pod = run_pod(context, "statistics")?;
     let container = pod.run(forever("one"))?;
     container.shell("head -c 20000000 /dev/zero | sha256sum >/dev/null")?;
     let stats = container.stats()?;
-    let value = |value: Option<crate::cri::api::UInt64Value>| value.map_or(0, |value| value.value);
     let (cpu, memory) = (stats.cpu.unwrap_or_default(), stats.memory.unwrap_or_default());
-    ensure!(value(cpu.usage_core_nano_seconds) > 0 && value(memory.working_set_bytes) > 0, "{stats:?}");
+    ensure!(number(cpu.usage_core_nano_seconds) > 0 && number(memory.working_set_bytes) > 0, "{stats:?}");
     pod.remove()
 }
 
@@ -204,10 +207,9 @@ fn pod_statistics(context: &Context) -> Result<()> {
     let container = pod.run(forever("one"))?;
     container.shell("head -c 20000000 /dev/zero | sha256sum >/dev/null")?;
     let stats = pod.stats()?.linux.unwrap_or_default();
-    let value = |value: Option<crate::cri::api::UInt64Value>| value.map_or(0, |value| value.value);
     let (cpu, memory) = (stats.cpu.unwrap_or_default(), stats.memory.unwrap_or_default());
     let least = if context.is_kata() { GUEST } else { 1 };
-    ensure!(value(cpu.usage_core_nano_seconds) > 0 && value(memory.working_set_bytes) >= least, "{cpu:?} {memory:?}");
+    ensure!(number(cpu.usage_core_nano_seconds) > 0 && number(memory.working_set_bytes) >= least, "{cpu:?} {memory:?}");
     let ids: Vec<_> = stats.containers.into_iter().filter_map(|one| one.attributes).map(|one| one.id).collect();
     ensure!(ids == [container.id.clone()], "{ids:?}");
     let interface = stats.network.and_then(|network| network.default_interface).unwrap_or_default();

@@ -22,16 +22,16 @@ fn spec(context: &Context, purpose: &str) -> PodSpec {
     PodSpec::new(&context.id(purpose), &context.work)
 }
 
-fn run_pod<'a>(context: &'a Context, purpose: &str) -> Result<Pod<'a>> {
+pub(super) fn run_pod<'a>(context: &'a Context, purpose: &str) -> Result<Pod<'a>> {
     context.cri.run_pod(spec(context, purpose))
 }
 
 /// A container that runs until it is stopped.
-fn forever(name: &str) -> ContainerSpec {
+pub(super) fn forever(name: &str) -> ContainerSpec {
     ContainerSpec::new(name, BUSYBOX, FOREVER)
 }
 
 /// A container that runs `script`.
-fn script(name: &str, script: &str) -> ContainerSpec {
+pub(super) fn script(name: &str, script: &str) -> ContainerSpec {
     ContainerSpec::new(name, BUSYBOX, &["sh", "-c", script])
 }

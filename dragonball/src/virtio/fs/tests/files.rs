@@ -179,10 +179,53 @@ fn a_file_that_the_host_replaces_is_seen_at_the_next_lookup() {
     let entry = client.lookup(ROOT_ID, "config").unwrap();
     assert_ne!(entry.nodeid, old);
     assert_eq!(entry.attr.size, 8);
-    assert_eq!((entry.entry_valid, entry.attr_valid), (1, 1));
+    assert_eq!((entry.entry_valid, entry.attr_valid), (0, 1));
     assert_eq!(client.read(old, handle, 0, 100).unwrap(), b"old");
     fs::remove_file(client.host("config")).unwrap();
     assert_eq!(client.lookup(ROOT_ID, "config").unwrap_err(), libc::ENOENT);
+}
+
+#[test]
+fn names_are_kept_where_the_guest_alone_changes_them() {
+    let mut client = Client::new();
+    for directory in ["rootfs", "one/rootfs/rootfs", "one/mounts/rootfs"] {
+        fs::create_dir_all(client.host(directory)).unwrap();
+    }
+    for (path, kept) in [
+        ("rootfs", 0),
+        ("one", 0),
+        ("one/rootfs", 1),
+        ("one/rootfs/rootfs", 1),
+        ("one/mounts", 0),
+        ("one/mounts/rootfs", 0),
+    ] {
+        let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
+        let parent = if parent.is_empty() { ROOT_ID } else { client.walk(parent) };
+        assert_eq!(client.lookup(parent, name).unwrap().entry_valid, kept, "{path}");
+    }
+    // A file that is in both is everyone's.
+    fs::write(client.host("one/rootfs/file"), "").unwrap();
+    fs::hard_link(client.host("one/rootfs/file"), client.host("one/mounts/file")).unwrap();
+    let (rootfs, mounts) = (client.walk("one/rootfs"), client.walk("one/mounts"));
+    assert_eq!(client.lookup(rootfs, "file").unwrap().entry_valid, 1);
+    assert_eq!(client.lookup(mounts, "file").unwrap().entry_valid, 0);
+}
+
+#[test]
+fn a_default_access_control_list_stands_in_for_the_umask() {
+    let mut client = Client::new();
+    client.mkdir(ROOT_ID, "plain", 0o777).unwrap();
+    // Version 2, then tag, permissions and id of each entry (linux/posix_acl_xattr.h).
+    let entries: [(u16, u16); 3] = [(1, 7), (4, 7), (32, 1)];
+    let entries = entries.map(|(tag, permissions)| [tag.to_le_bytes(), permissions.to_le_bytes(), [255; 2], [255; 2]]);
+    let list = [&2_u32.to_le_bytes()[..], entries.as_flattened().as_flattened()].concat();
+    let set = SetxattrIn { size: u32::try_from(list.len()).unwrap(), flags: 0 };
+    let body = [set.as_slice(), b"system.posix_acl_default\0", &list].concat();
+    client.call(Opcode::Setxattr, ROOT_ID, &body).unwrap();
+    client.mkdir(ROOT_ID, "listed", 0o777).unwrap();
+    for (name, mode) in [("plain", 0o755), ("listed", 0o771)] {
+        assert_eq!(fs::metadata(client.host(name)).unwrap().mode() & 0o7777, mode, "{name}");
+    }
 }
 
 #[test]
