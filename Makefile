@@ -14,7 +14,7 @@ FUZZ_SECONDS ?= 60
 PACKAGES := acpica-tools bc bison build-essential busybox-static cpio e2fsprogs erofs-utils flex kmod libelf-dev \
             libseccomp-dev libssl-dev mmdebstrap protobuf-compiler python3 rsync xz-utils zstd
 
-.PHONY: help deps build dist images run test lint deny unit guests growth memory-types test-vfio vfio-guests passthrough suites pods bench fuzz install uninstall clean
+.PHONY: help deps build dist images run test lint deny unit guests growth memory-types test-vfio vfio-guests passthrough suites brief-suites pods soak bench fuzz install uninstall clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -28,10 +28,18 @@ deps: ## Install the Debian packages that the build needs (root)
 	    apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install --no-install-recommends $$missing; \
 	fi
 
-# What a node gets is built by itself: together with the builders it would get all the features of theirs too.
+# What a node gets is built by itself: together with the builders it would get all the features of theirs too. For tests,
+# crates are built once for all.
+STACK := -p dragonball -p runtime-rs
+TOOLS := -p kernel-config -p rootfs-builder -p lab -p tests
+
 build: deps ## Build the stack: binaries, guest kernel, guest image
-	cargo build --locked --profile $(PROFILE) -p dragonball -p runtime-rs
-	cargo build --locked --profile $(PROFILE) -p kernel-config -p rootfs-builder -p lab -p tests
+ifeq ($(PROFILE),checked)
+	cargo build --locked --profile $(PROFILE) --workspace $(WITH_TESTS)
+else
+	cargo build --locked --profile $(PROFILE) $(STACK)
+	cargo build --locked --profile $(PROFILE) $(TOOLS)
+endif
 	LIBSECCOMP_LINK_TYPE=static LIBSECCOMP_LIB_PATH=/usr/lib/x86_64-linux-gnu \
 	RUSTFLAGS="-C target-feature=+crt-static -C relocation-model=static" \
 	    cargo build --locked --profile agent --target $(TARGET) -p kata-agent
@@ -53,7 +61,9 @@ images: build ## Make the OCI archives of the demonstration and the suites
 run: dist images ## Run real OCI images in VMs of ours, and show output and a boot timeline
 	$(OUT)/run-suites demo --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/run
 
-test: lint unit suites vfio-guests ## Everything that must pass
+# What tests alone depend on gives crates more features: without the tests among them, they would be built once more.
+test: WITH_TESTS := --all-targets
+test: lint unit brief-suites vfio-guests ## Everything that must pass
 
 lint: deps
 	cargo fmt --all --check
@@ -68,12 +78,8 @@ unit: deps
 
 # The host's KVM was tested by `unit`, if it has one; the lab's is another.
 guests: build ## Small guests on the lab's KVM, and Linux guests, Debian's own among them, that change while they run
-	@set -o pipefail; for test in machine linux; do \
-	    program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test $$test --no-run 2>&1 | tee -a /dev/stderr \
-	        | sed -n "s/.*(\(.*\/$$test-[0-9a-f]*\))$$/\1/p") || exit 1; \
-	    kernel=; if [ $$test = linux ]; then kernel="--kernel target/kernel/vmlinux"; fi; \
-	    $(OUT)/run-suites program "$$program" --report target/suites $$kernel || exit 1; \
-	done
+	$(call run-program,machine,--report target/suites)
+	$(call run-linux,--report target/suites --kernel target/kernel/vmlinux)
 	$(call run-linux,--report target/suites/debian --filter hot_plug --debian-kernel)
 
 # The program by which a guest uses devices that are passed to it: static, because the guest has nothing else.
@@ -87,12 +93,15 @@ GPU_KERNEL := target/kernel-gpu
 GPU_MODULES = $(addprefix --module ,$(foreach name,nvme-core nvme uio_pci_generic,$(shell find $(GPU_KERNEL)/lib -name $(name).ko)))
 VFIO_DEVICES := $(addprefix --device ,edu gpu ivshmem testdev ati+edu)
 
-# Runs tests of Linux guests in a lab machine; $(1) says which, with what.
-define run-linux
-@set -o pipefail; program=$$(cargo test --locked --profile $(PROFILE) -p dragonball --test linux --no-run 2>&1 \
-    | tee -a /dev/stderr | sed -n 's/.*(\(.*\/linux-[0-9a-f]*\))$$/\1/p') && \
-$(OUT)/run-suites program "$$program" $(1)
+# Runs the tests in dragonball/tests/$(1), as `unit` built them, in a lab machine; $(2) says which, with what.
+define run-program
+@set -o pipefail; program=$$(cargo test --locked --workspace --profile $(PROFILE) --test $(1) --no-run 2>&1 \
+    | tee -a /dev/stderr | sed -n 's|.*tests/$(1)/main.rs (\(.*\))$$|\1|p') && \
+$(OUT)/run-suites program "$$program" $(2)
 endef
+
+# The same for those of Linux guests.
+run-linux = $(call run-program,linux,$(1))
 
 # Those of devices of the host; $(1) is the guests' kernel, $(2) names the devices and how often they come and go.
 run-vfio = $(call run-linux,--report target/vfio --filter passthrough --kernel $(1)/vmlinux --passthrough $(PASSTHROUGH) $(2))
@@ -125,11 +134,23 @@ growth: build ## Resize a Linux guest under load, GROWTH_ROUNDS times, in a lab 
 	$(call run-linux,--report target/growth --filter growth --kernel target/kernel/vmlinux --memory 6144 \
 	    --rounds $(GROWTH_ROUNDS))
 
-suites: dist images guests ## Small guests, and end-to-end suites and pods against containerd 1.7 and 2.1
-	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/suites --pods
+RUN_SUITES = $(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --pods
+
+suites: dist images guests ## Small guests, and all end-to-end cases against containerd 1.7 and 2.1
+	$(RUN_SUITES) --report target/suites
+
+# All with containerd 2.1; with 1.7 those that show how containerd is served.
+brief-suites: dist images guests
+	$(RUN_SUITES) --report target/suites --brief
 
 pods: dist images ## Pods as a kubelet makes them, by the CRI of containerd 1.7 and 2.1
-	$(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --report target/pods --pods --filter cri:
+	$(RUN_SUITES) --report target/pods --filter cri:
+
+# 110 pods five times, eight at a time, and then all kinds of pods and containers for SOAK_MINUTES.
+SOAK_MINUTES ?= 120
+
+soak: dist images ## Pods that come and go for hours, by the CRI of containerd 2.1
+	$(RUN_SUITES) --report target/soak --snapshot containerd-2.1 --soak $(SOAK_MINUTES) --filter soak:
 
 bench: ## Measure what the project promises; report in target/bench
 	$(MAKE) dist images PROFILE=release DIST=$(CURDIR)/target/dist-release
