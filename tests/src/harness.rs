@@ -90,16 +90,7 @@ impl Case {
     /// A case about this stack alone.
     #[must_use]
     pub const fn kata(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
-        Self {
-            name,
-            about: About::Kata,
-            services: false,
-            devices: false,
-            pods: false,
-            whatever_containerd: false,
-            soak: false,
-            run,
-        }
+        Self { about: About::Kata, ..Self::any(name, run) }
     }
 }
 
