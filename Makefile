@@ -14,7 +14,7 @@ FUZZ_SECONDS ?= 60
 PACKAGES := acpica-tools bc bison build-essential busybox-static cpio e2fsprogs erofs-utils flex kmod libelf-dev \
             libseccomp-dev libssl-dev mmdebstrap protobuf-compiler python3 rsync xz-utils zstd
 
-.PHONY: help deps build dist images run test lint deny unit guests growth memory-types test-vfio vfio-guests passthrough suites brief-suites pods soak bench fuzz install uninstall clean
+.PHONY: help deps build dist images run test lint deny unit guests growth memory-types test-vfio vfio-guests passthrough suites brief-suites pods docker soak bench fuzz install uninstall clean
 .DEFAULT_GOAL := help
 
 help: ## Show this list
@@ -134,23 +134,26 @@ growth: build ## Resize a Linux guest under load, GROWTH_ROUNDS times, in a lab 
 	$(call run-linux,--report target/growth --filter growth --kernel target/kernel/vmlinux --memory 6144 \
 	    --rounds $(GROWTH_ROUNDS))
 
-RUN_SUITES = $(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT) --pods
+RUN_SUITES = $(OUT)/run-suites test --dist $(DIST) --images $(IMAGES) --bin $(OUT)
 
 suites: dist images guests ## Small guests, and all end-to-end cases against containerd 1.7 and 2.1
-	$(RUN_SUITES) --report target/suites
+	$(RUN_SUITES) --report target/suites --pods
 
 # All with containerd 2.1; with 1.7 those that show how containerd is served.
 brief-suites: dist images guests
-	$(RUN_SUITES) --report target/suites --brief
+	$(RUN_SUITES) --report target/suites --pods --brief
 
 pods: dist images ## Pods as a kubelet makes them, by the CRI of containerd 1.7 and 2.1
-	$(RUN_SUITES) --report target/pods --filter cri:
+	$(RUN_SUITES) --report target/pods --pods --filter cri:
+
+docker: dist images ## Containers as docker makes them, with its networks, on the containerds 1.7 and 2.1
+	$(RUN_SUITES) --report target/docker --docker --filter docker:
 
 # 110 pods five times, eight at a time, and then all kinds of pods and containers for SOAK_MINUTES.
 SOAK_MINUTES ?= 120
 
 soak: dist images ## Pods that come and go for hours, by the CRI of containerd 2.1
-	$(RUN_SUITES) --report target/soak --snapshot containerd-2.1 --soak $(SOAK_MINUTES) --filter soak:
+	$(RUN_SUITES) --report target/soak --snapshot containerd-2.1 --pods --soak $(SOAK_MINUTES) --filter soak:
 
 bench: ## Measure what the project promises; report in target/bench
 	$(MAKE) dist images PROFILE=release DIST=$(CURDIR)/target/dist-release

@@ -42,7 +42,7 @@ async fn dial(port: u16) -> Result<Watched> {
 }
 
 /// Everything from one to the other, then the end of it.
-async fn carry(from: &Watched, to: &Watched) -> std::io::Result<()> {
+pub(crate) async fn carry(from: &Watched, to: &Watched) -> std::io::Result<()> {
     stdio::pump(from, async |bytes| transport::write_all(to, bytes).await).await?;
     transport::half_close(to)
 }

@@ -14,8 +14,10 @@ use crate::error::{Error, Result};
 use crate::events::Events;
 use crate::helper::Stage;
 use crate::mounts::Mounts;
+use crate::network::Applied;
 use crate::process::Process;
 use crate::reaper::Reaper;
+use crate::resolver::Resolver;
 use crate::timeline::Timeline;
 use crate::transport::Endpoint;
 
@@ -34,6 +36,10 @@ pub(crate) struct Guest {
     pub(crate) timeline: RefCell<Timeline>,
     /// What Setup mounted.
     pub(crate) storages: RefCell<Mounts>,
+    /// What the host has had set of the network.
+    pub(crate) network: RefCell<Applied>,
+    /// Resolves names as docker does, where the network has that.
+    pub(crate) resolver: RefCell<Option<Resolver>>,
     /// The PID namespace of all containers that ask for the sandbox's.
     pub(crate) pid_namespace: OnceCell<OwnedFd>,
     containers: RefCell<HashMap<String, Rc<Container>>>,
@@ -73,6 +79,8 @@ impl Guest {
             events: Events::default(),
             timeline: RefCell::new(timeline),
             storages: RefCell::default(),
+            network: RefCell::default(),
+            resolver: RefCell::default(),
             pid_namespace: OnceCell::new(),
             containers: RefCell::default(),
             names: Cell::new(0),

@@ -22,6 +22,7 @@ mod network;
 mod passthrough;
 mod process;
 mod reaper;
+mod resolver;
 mod service;
 mod setup;
 mod stats;

@@ -1,5 +1,7 @@
 //! The guest's network: links, addresses, routes and neighbours by rtnetlink(7).
 
+mod change;
+
 use std::fs;
 use std::io;
 use std::net::IpAddr;
@@ -40,6 +42,8 @@ impl NetworkError {
         }
     }
 }
+
+pub(crate) use change::{Applied, await_links};
 
 type Result<T> = std::result::Result<T, NetworkError>;
 
@@ -86,17 +90,22 @@ fn set_up(mut message: LinkMessage, what: &str) -> Result<()> {
     request(RouteNetlinkMessage::SetLink(message), 0, what)
 }
 
-fn add_address(index: u32, (address, prefix): (IpAddr, u8), text: &str) -> Result<()> {
+fn add_address(index: u32, cidr: (IpAddr, u8), text: &str) -> Result<()> {
+    let mut message = address_message(index, cidr);
+    if cidr.0.is_ipv6() {
+        // The address is the pod's alone; waiting for a duplicate would only delay its first packet.
+        message.header.flags = AddressHeaderFlags::Nodad;
+    }
+    request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE, &format!("add address {text}"))
+}
+
+fn address_message(index: u32, (address, prefix): (IpAddr, u8)) -> AddressMessage {
     let mut message = AddressMessage::default();
     message.header.family = family(address);
     message.header.prefix_len = prefix;
     message.header.index = index;
     message.attributes = vec![AddressAttribute::Local(address), AddressAttribute::Address(address)];
-    if address.is_ipv6() {
-        // The address is the pod's alone; waiting for a duplicate would only delay its first packet.
-        message.header.flags = AddressHeaderFlags::Nodad;
-    }
-    request(RouteNetlinkMessage::NewAddress(message), NLM_F_CREATE | NLM_F_REPLACE, &format!("add address {text}"))
+    message
 }
 
 fn add_route(route: &Route) -> Result<()> {
@@ -133,6 +142,12 @@ fn route_message(route: &Route, index: u32) -> Result<RouteMessage> {
 }
 
 fn add_neighbour(neighbour: &Neighbour) -> Result<()> {
+    let message = neighbour_message(neighbour)?;
+    let what = format!("add neighbour {} ({}) on {}", neighbour.address, neighbour.mac, neighbour.interface);
+    request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE, &what)
+}
+
+fn neighbour_message(neighbour: &Neighbour) -> Result<NeighbourMessage> {
     let address = parse_address("neighbour", &neighbour.address)?;
     let mut message = NeighbourMessage::default();
     message.header.family = family(address);
@@ -142,8 +157,7 @@ fn add_neighbour(neighbour: &Neighbour) -> Result<()> {
         NeighbourAttribute::Destination(address.into()),
         NeighbourAttribute::LinkLayerAddress(parse_mac(&neighbour.mac)?),
     ];
-    let what = format!("add neighbour {} ({}) on {}", neighbour.address, neighbour.mac, neighbour.interface);
-    request(RouteNetlinkMessage::NewNeighbour(message), NLM_F_CREATE | NLM_F_REPLACE, &what)
+    Ok(message)
 }
 
 fn request(message: RouteNetlinkMessage, flags: u16, what: &str) -> Result<()> {

@@ -18,6 +18,7 @@ use protobuf::{EnumOrUnknown, MessageField};
 use protocols::agent::{
     Event, ForwardRequest, ForwardResponse, MemoryTypesRequest, MemoryTypesResponse, NextEventRequest,
     OnlineCpuMemRequest, OnlineCpuMemResponse, RefreshCopyRequest, RefreshCopyResponse, SetupRequest, SetupResponse,
+    UpdateNetworkRequest, UpdateNetworkResponse,
 };
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::containerd::api::{
@@ -162,6 +163,15 @@ impl AgentService for Handle {
     async fn refresh_copy(&self, _: &TtrpcContext, request: RefreshCopyRequest) -> ttrpc::Result<RefreshCopyResponse> {
         self.change(async move |guest| guest.refresh_copy(&request.container_id, request.number).await).await?;
         Ok(RefreshCopyResponse::default())
+    }
+
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateNetworkRequest,
+    ) -> ttrpc::Result<UpdateNetworkResponse> {
+        self.change(async move |guest| guest.update_network(&request).await).await?;
+        Ok(UpdateNetworkResponse::default())
     }
 }
 

@@ -4,17 +4,19 @@ use std::fs;
 use std::io;
 use std::path::Path;
 use std::rc::Rc;
+use std::time::Duration;
 
 use nix::mount::{MsFlags, mount};
 use nix::sys::time::TimeSpec;
 use nix::time::{ClockId, clock_settime};
-use protocols::agent::{Dns, SetupRequest, SetupResponse};
+use protocols::agent::{Dns, SetupRequest, SetupResponse, UpdateNetworkRequest};
 use protocols::dns;
 
 use crate::boot;
 use crate::error::{Error, Result};
 use crate::guest::Guest;
-use crate::network;
+use crate::network::{self, Applied};
+use crate::resolver::Resolver;
 use crate::sys;
 use crate::timeline;
 
@@ -36,6 +38,7 @@ impl Guest {
         set_hostname(&request.hostname)?;
         write_resolv_conf(request.dns.as_ref())?;
         network::configure(&request.interfaces, &request.routes, &request.neighbours)?;
+        *self.network.borrow_mut() = Applied::new(&request.interfaces, &request.routes, &request.neighbours);
         set_sysctls(request)?;
         limit_shared_memory(request.shm_size)?;
         self.storages.borrow_mut().add_storages(&request.storages)?;
@@ -48,6 +51,22 @@ impl Guest {
             answered_ns: timeline::now_ns(),
             ..Default::default()
         })
+    }
+}
+
+impl Guest {
+    /// Makes the network what the request says. The links of new cards are waited for.
+    pub(crate) async fn update_network(&self, request: &UpdateNetworkRequest) -> Result<()> {
+        network::await_links(&request.interfaces, Duration::from_millis(request.deadline_ms.into())).await?;
+        let wanted = Applied::new(&request.interfaces, &request.routes, &request.neighbours);
+        self.network.borrow_mut().change(wanted)?;
+        let mut resolver = self.resolver.borrow_mut();
+        match (request.resolver, resolver.is_some()) {
+            (true, false) => *resolver = Some(Resolver::start(&self.endpoint)?),
+            (false, true) => *resolver = None,
+            _ => {}
+        }
+        Ok(())
     }
 }
 

@@ -5,12 +5,20 @@
 //! [`STREAM_PORT`] for each stdio stream that a Create or Exec request named. A
 //! stream connection begins with its stream id, eight bytes little-endian; then it
 //! carries bytes, and half-closing it is the end of file.
+//!
+//! What is asked at [`RESOLVER`] in the guest goes to [`RESOLVER_PORT`], a connection
+//! for each question by UDP and for each connection by TCP. It begins with
+//! [`resolver::UDP`] or [`resolver::TCP`]; then it carries messages as DNS by TCP does
+//! (RFC 1035, §4.2.2): the length in two bytes, big-endian, and the message. By UDP
+//! there is one question and one answer.
 
 /// Code generated from `proto/*.proto`.
 #[allow(missing_docs, clippy::all, clippy::pedantic, clippy::unwrap_used, clippy::expect_used, unreachable_pub)]
 mod generated {
     include!(concat!(env!("OUT_DIR"), "/mod.rs"));
 }
+
+use std::net::Ipv4Addr;
 
 pub use containerd_shim_protos as containerd;
 pub use generated::agent;
@@ -27,6 +35,21 @@ pub const GUEST_CID: u32 = 3;
 pub const AGENT_PORT: u32 = 1024;
 /// Host port that the agent dials for each stdio stream.
 pub const STREAM_PORT: u32 = 1025;
+/// Host port that the agent dials for what is asked at [`RESOLVER`].
+pub const RESOLVER_PORT: u32 = 1026;
+/// Where docker resolves names in a container's network namespace, by UDP and TCP at port 53.
+pub const RESOLVER: Ipv4Addr = Ipv4Addr::new(127, 0, 0, 11);
+
+/// How a connection to [`RESOLVER_PORT`] begins.
+pub mod resolver {
+    /// One question, which came by UDP.
+    pub const UDP: u8 = 0;
+    /// All of a TCP connection.
+    pub const TCP: u8 = 1;
+    /// The port that DNS has (RFC 1035, §4.2).
+    pub const PORT: u16 = 53;
+}
+
 /// virtio-fs tag of the directory that a sandbox's containers share with the host.
 pub const SHARED_TAG: &str = "kataShared";
 /// Where the guest mounts [`SHARED_TAG`].

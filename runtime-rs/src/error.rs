@@ -40,6 +40,13 @@ pub enum Error {
         #[source]
         source: dragonball::TapError,
     },
+    /// An interface came to a machine that was made without room for one.
+    #[error(
+        "the interface {0} came to the container's network, and its virtual machine has no room for a card: bind a file to \
+         /etc/resolv.conf in the container, which says that it is to have a network, or raise `default_maxvcpus` above \
+         `default_vcpus`"
+    )]
+    NoRoom(String),
     /// The limits of containers and the size of the machine do not go together.
     #[error(transparent)]
     Size(#[from] crate::sizing::SizeError),
@@ -144,7 +151,7 @@ impl Error {
             Self::Name(_) | Self::Spec(_) | Self::Invalid(_) => Code::INVALID_ARGUMENT,
             Self::Launch(LaunchError::Config(_) | LaunchError::Image { .. }) => Code::FAILED_PRECONDITION,
             Self::Config(config::ConfigError::Annotation(_)) => Code::INVALID_ARGUMENT,
-            Self::State(_) | Self::Config(_) => Code::FAILED_PRECONDITION,
+            Self::State(_) | Self::Config(_) | Self::NoRoom(_) => Code::FAILED_PRECONDITION,
             Self::GuestHangs { .. } | Self::Unanswered(_) => Code::DEADLINE_EXCEEDED,
             Self::GuestEnded { .. } | Self::GuestGone(_) => Code::UNAVAILABLE,
             Self::Agent(_, code) => *code,

@@ -72,6 +72,18 @@ pub trait Hardware: Send + Sync {
     ///
     /// [`ChangeError`]; the guest goes on having it then.
     fn remove_device(&self, path: &Path, deadline: Duration) -> Result<(), ChangeError>;
+    /// Gives the guest a network card of this name, which no other device has: a driver of the guest has it then.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError`]; the guest does not have it then.
+    fn add_card(&self, name: &str, card: &NetConfig, deadline: Duration) -> Result<(), ChangeError>;
+    /// Takes a card back that was given by [`Self::add_card`].
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError`]; the guest goes on having it then.
+    fn remove_card(&self, name: &str, deadline: Duration) -> Result<(), ChangeError>;
     /// The addresses, on the guest's PCI bus, of the devices of the host that the machine was started with, in their order.
     ///
     /// # Errors
@@ -91,7 +103,7 @@ pub struct Blueprint {
     pub network: Network,
     /// Devices of the host that the machine starts with.
     pub devices: Vec<PathBuf>,
-    /// Whether more of them may come.
+    /// Whether more of them, or network cards, may come.
     pub devices_can_come: bool,
     /// The guest's host name.
     pub hostname: String,
@@ -116,7 +128,7 @@ pub struct Plan {
     pub huge_pages: bool,
     /// Devices of the host, by their files of VFIO.
     pub devices: Vec<PathBuf>,
-    /// Whether devices of the host can come later.
+    /// Whether devices of the host and network cards can come later.
     pub devices_can_come: bool,
     /// Network cards.
     pub cards: Vec<NetConfig>,
@@ -145,6 +157,14 @@ pub enum LaunchError {
         /// What is wrong with it.
         problem: String,
     },
+}
+
+impl Blueprint {
+    /// Whether anything can be added to the machine while it runs.
+    #[must_use]
+    pub fn is_pluggable(&self) -> bool {
+        self.size.vcpus_can_come() || self.devices_can_come
+    }
 }
 
 impl Plan {
@@ -265,6 +285,14 @@ impl Hardware for Manager {
 
     fn remove_device(&self, path: &Path, deadline: Duration) -> Result<(), ChangeError> {
         Self::remove_device(self, &path.display().to_string(), deadline)
+    }
+
+    fn add_card(&self, name: &str, card: &NetConfig, deadline: Duration) -> Result<(), ChangeError> {
+        Self::add_device(self, Some(name.to_owned()), &DeviceConfig::Net(card.clone()), deadline).map(drop)
+    }
+
+    fn remove_card(&self, name: &str, deadline: Duration) -> Result<(), ChangeError> {
+        Self::remove_device(self, name, deadline)
     }
 
     fn first_devices(&self) -> Result<Vec<String>, ChangeError> {

@@ -1,10 +1,9 @@
 //! The pod's network: the interfaces of its namespace become cards of the machine.
 
-use std::path::Path;
 use std::sync::Arc;
 
 use dragonball::{MacAddress, NetConfig, TapDescriptors, TapSource, VhostMode};
-use journal::{Effect, Journal};
+use journal::{Effect, EffectId, Journal};
 use network::{HOST_REFUSED, Interface, Loopback, Namespace, Scan};
 use protocols::agent;
 
@@ -27,6 +26,19 @@ pub struct Network {
     pub neighbours: Vec<agent::Neighbour>,
     /// What is dialled to the loopback address of the namespace, for the guest's servers.
     pub loopback: Option<Arc<Loopback>>,
+    /// The namespace is this process's own: what it has comes later.
+    pub own: bool,
+}
+
+/// An interface that is joined to a card.
+#[derive(Debug)]
+pub struct Joined {
+    /// The card.
+    pub card: NetConfig,
+    /// The name of the tap between them, in the namespace.
+    pub tap: String,
+    /// What it did to the host.
+    pub effect: EffectId,
 }
 
 impl Network {
@@ -37,7 +49,7 @@ impl Network {
     /// [`Error::Network`], [`Error::Interface`], [`Error::Journal`].
     pub fn join(place: &NetworkPlace, journal: &Journal) -> Result<Self, Error> {
         let path = match place {
-            NetworkPlace::Own => return Ok(Self::default()),
+            NetworkPlace::Own => return Ok(Self { own: true, ..Self::default() }),
             NetworkPlace::Path(path) => path,
             NetworkPlace::Host => {
                 let asked = "the specification asks for the host's network namespace";
@@ -48,7 +60,7 @@ impl Network {
         let scan = namespace.scan()?;
         let mut cards = Vec::new();
         for interface in &scan.interfaces {
-            cards.push(card(&mut namespace, path, interface, journal)?);
+            cards.push(join(&mut namespace, interface, journal)?.card);
         }
         // A pod without it works; only its ports cannot be forwarded.
         let loopback = namespace.take_loopback().map(Arc::new);
@@ -58,7 +70,7 @@ impl Network {
     }
 
     /// What the guest is told of `scan`.
-    fn of(scan: &Scan) -> Self {
+    pub(crate) fn of(scan: &Scan) -> Self {
         let cidr = |(address, prefix): &(std::net::IpAddr, u8)| format!("{address}/{prefix}");
         let interfaces = scan.interfaces.iter().map(|interface| agent::Interface {
             mac: mac_text(interface.mac),
@@ -90,33 +102,45 @@ impl Network {
             routes: routes.collect(),
             neighbours: neighbours.collect(),
             loopback: None,
+            own: false,
         }
     }
 }
 
-/// A card with the hardware address of `interface`, over a tap that is joined to it.
-fn card(namespace: &mut Namespace, path: &Path, interface: &Interface, journal: &Journal) -> Result<NetConfig, Error> {
+/// Makes a card with the hardware address of `interface`, over a tap that is joined to it. The tap lasts as long as the card's
+/// configuration and the cards that are made of it.
+///
+/// # Errors
+///
+/// [`Error::Network`], [`Error::Interface`], [`Error::Journal`]; nothing is left then.
+pub(crate) fn join(namespace: &mut Namespace, interface: &Interface, journal: &Journal) -> Result<Joined, Error> {
     let made = || TapDescriptors::make(TAP_PATTERN, 1).map_err(|source| refused(interface, source));
     let (descriptors, tap) = namespace.within(made)?;
-    journal.record(Effect::Redirection {
-        namespace: path.to_owned(),
+    let effect = journal.record(Effect::Redirection {
+        namespace: namespace.path().to_owned(),
         id: namespace.id(),
         interface: interface.name.clone(),
     })?;
-    namespace.join(interface, &tap)?;
-    Ok(NetConfig {
+    if let Err(error) = namespace.join(interface, &tap) {
+        if let Err(failure) = journal.undo(effect) {
+            tracing::warn!(%failure, "left until the end of the sandbox");
+        }
+        return Err(error.into());
+    }
+    let card = NetConfig {
         tap: TapSource::Descriptors(descriptors),
         mac: MacAddress::new(interface.mac).ok(),
         mtu: u16::try_from(interface.mtu).ok(),
         vhost: VhostMode::default(),
-    })
+    };
+    Ok(Joined { card, tap, effect })
 }
 
 fn refused(interface: &Interface, source: dragonball::TapError) -> Error {
     Error::Interface { interface: interface.name.clone(), source }
 }
 
-fn mac_text(bytes: [u8; 6]) -> String {
+pub(crate) fn mac_text(bytes: [u8; 6]) -> String {
     bytes.map(|byte| format!("{byte:02x}")).join(":")
 }
 
@@ -163,7 +187,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let journal = Journal::create(&directory.path().join("journal")).unwrap();
         let own = Network::join(&NetworkPlace::Own, &journal).unwrap();
-        assert!(own.cards.is_empty() && own.interfaces.is_empty());
+        assert!(own.own && own.cards.is_empty() && own.interfaces.is_empty());
         let host = Network::join(&NetworkPlace::Host, &journal).unwrap_err();
         assert_eq!(host.code(), protocols::containerd::ttrpc::Code::INVALID_ARGUMENT);
         assert!(host.to_string().contains("hostNetwork"), "{host}");

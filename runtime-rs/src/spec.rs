@@ -219,6 +219,17 @@ impl Spec {
         }
     }
 
+    /// Whether somebody is about to put interfaces into a network namespace of its own: who makes a network for a container
+    /// makes the names for it, too, or has hooks that do.
+    #[must_use]
+    pub fn awaits_network(&self) -> bool {
+        let mounts = self.fields.get("mounts").and_then(Value::as_array).into_iter().flatten();
+        let mut entries = mounts.filter_map(Value::as_object).map(MountEntry::of);
+        let hooks = |kind: &str| self.fields.get("hooks")?.get(kind)?.as_array().filter(|list| !list.is_empty());
+        entries.any(|entry| entry.is_bind() && entry.destination == RESOLVER_FILE)
+            || ["prestart", "createRuntime"].into_iter().any(|kind| hooks(kind).is_some())
+    }
+
     /// The root file system on the host, for a container that comes without rootfs mounts.
     #[must_use]
     pub fn root(&self) -> PathBuf {
@@ -354,6 +365,9 @@ const GUEST_DEVICES: [(&str, i64, i64); 10] = [
 fn in_guest(major: i64, minor: i64) -> Option<&'static str> {
     GUEST_DEVICES.iter().find(|(_, a, b)| (*a, *b) == (major, minor)).map(|(path, _, _)| *path)
 }
+
+/// Where programs find who resolves names (resolv.conf(5)).
+const RESOLVER_FILE: &str = "/etc/resolv.conf";
 
 /// POSIX shared memory, in a container and in the guest.
 const SHARED_MEMORY: &str = "/dev/shm";

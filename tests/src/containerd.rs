@@ -185,11 +185,15 @@ fn spawn(
     }
 }
 
-fn until_ready(ready: &UnixDatagram, pidfd: &Pidfd, deadline: Deadline) -> Result<()> {
+/// Waits until the daemon `pidfd` says to `ready` that it serves.
+///
+/// # Errors
+/// When it does not in time, or ends.
+pub(crate) fn until_ready(ready: &UnixDatagram, pidfd: &Pidfd, deadline: Deadline) -> Result<()> {
     loop {
         let fds = [(ready.as_fd(), PollFlags::POLLIN), (pidfd.as_fd(), PollFlags::POLLIN)];
-        let Some(events) = wait(&fds, deadline)? else { bail!("containerd does not serve") };
-        ensure!(!events[1], "containerd ended");
+        let Some(events) = wait(&fds, deadline)? else { bail!("it does not serve") };
+        ensure!(!events[1], "it ended");
         let mut message = [0; 256];
         let count = ready.recv(&mut message)?;
         if String::from_utf8_lossy(&message[..count]).lines().any(|line| line == "READY=1") {

@@ -12,6 +12,7 @@ use crate::cases::devices::HostDevices;
 use crate::containerd::Containerd;
 use crate::cri::Cri;
 use crate::ctr::Ctr;
+use crate::docker::Docker;
 use crate::event::Deadline;
 use crate::kata_config::KataConfig;
 use crate::leftovers::Scope;
@@ -41,6 +42,8 @@ pub struct Images {
 /// What every case gets.
 #[derive(Debug)]
 pub struct Context {
+    /// docker on the suites' containerd, where it is there; it is dropped before that.
+    pub docker: Option<Docker>,
     /// containerd and the runtime's configuration.
     pub stack: Stack,
     /// The client, set to the runtime under test.
@@ -90,6 +93,7 @@ impl Context {
         let handler = if ctr.runtime == KATA { "kata" } else { "runc" };
         let cri = Cri::connect(&ctr.address, handler, ctr.patience)?;
         Ok(Self {
+            docker: None,
             stack,
             ctr,
             cri,

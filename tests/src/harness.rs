@@ -8,6 +8,7 @@ use anyhow::{Context as _, Result, anyhow, bail};
 use libtest_mimic::{Failed, Trial};
 
 use crate::context::Context;
+use crate::docker::Docker;
 use crate::event::Deadline;
 use crate::leftovers::{Snapshot, Thing, describe, settle};
 
@@ -24,6 +25,8 @@ pub struct Case {
     pub devices: bool,
     /// Whether it makes pods through the CRI.
     pub pods: bool,
+    /// Whether it makes containers through docker.
+    pub docker: bool,
     /// Whether it shows something that no version of containerd changes.
     pub whatever_containerd: bool,
     /// Whether it takes far longer than others, and runs only when that is asked for.
@@ -51,6 +54,7 @@ impl Case {
             services: false,
             devices: false,
             pods: false,
+            docker: false,
             whatever_containerd: false,
             soak: false,
             run,
@@ -81,6 +85,12 @@ impl Case {
         Self { pods: true, soak: true, ..self }
     }
 
+    /// A case about every runtime, with docker.
+    #[must_use]
+    pub const fn with_docker(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
+        Self { docker: true, ..Self::any(name, run) }
+    }
+
     /// A case about this stack alone, for machines with devices that containers may have.
     #[must_use]
     pub const fn with_devices(name: &'static str, run: fn(&Context) -> Result<()>) -> Self {
@@ -101,7 +111,7 @@ pub fn trial(case: Case, context: &Arc<Mutex<Context>>) -> Trial {
     let of_other_machine = {
         let context = context.lock().unwrap_or_else(PoisonError::into_inner);
         let lacks = case.devices && context.devices.is_none() || case.pods && !context.pods;
-        let lacks = lacks || case.soak && context.soak.is_none();
+        let lacks = lacks || case.docker && context.docker.is_none() || case.soak && context.soak.is_none();
         let lacks = lacks || case.whatever_containerd && context.containerd_alone;
         lacks || case.about == About::Kata && !context.is_kata()
     };
@@ -150,10 +160,13 @@ fn guarded(case: &Case, context: &Context) -> Result<()> {
     mark_log(context);
     let result = (case.run)(context);
     let pods = if case.pods { sweep_pods(context) } else { Ok(Vec::new()) };
-    let swept = [pods, context.ctr.sweep(), context.other_namespace().sweep()].into_iter().collect::<Result<Vec<_>>>();
+    let docker = context.docker.as_ref().filter(|_| case.docker).map_or_else(|| Ok(Vec::new()), Docker::sweep);
+    let swept =
+        [pods, docker, context.ctr.sweep(), context.other_namespace().sweep()].into_iter().collect::<Result<Vec<_>>>();
     let files = empty(&context.work);
     let left = settle(&before, &context.scope, Deadline::after(context.within(10)))?;
-    result?;
+    let docker_log = || context.docker.as_ref().filter(|_| case.docker).map(Docker::log_end).unwrap_or_default();
+    result.with_context(docker_log)?;
     let swept = swept.context("containerd does not answer after the case")?.concat();
     if !swept.is_empty() {
         bail!("The case left containers: {}", swept.join(", "));

@@ -10,6 +10,8 @@ pub mod context;
 pub mod cri;
 pub mod ctr;
 pub mod debian_kernel;
+pub mod docker;
+pub mod docker_programs;
 pub mod event;
 pub mod guest_program;
 pub mod harness;

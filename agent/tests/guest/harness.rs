@@ -71,7 +71,7 @@ pub(crate) struct Host {
     streams: UnixListener,
     pending: HashMap<u64, UnixStream>,
     agent_process: Child,
-    agent_pid: i32,
+    pub(crate) agent_pid: i32,
     pub(crate) directory: tempfile::TempDir,
 }
 
@@ -322,7 +322,7 @@ fn stream_field(id: u64) -> String {
     format!("{}{id}", protocols::STREAM_SCHEME)
 }
 
-fn port(prefix: &Path, port: u32) -> String {
+pub(crate) fn port(prefix: &Path, port: u32) -> String {
     format!("{}_{port}", prefix.display())
 }
 

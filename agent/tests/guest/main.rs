@@ -4,5 +4,6 @@
 mod harness;
 mod isolation;
 mod lifecycle;
+mod network;
 mod sandbox;
 mod streams;

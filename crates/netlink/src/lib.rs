@@ -3,6 +3,8 @@
 //! The kernel answers each request before send(2) returns, so plain blocking calls serve: they need no event loop and no
 //! task that waits for answers.
 
+mod news;
+
 use std::io;
 
 use netlink_packet_core::{NLM_F_ACK, NLM_F_DUMP, NLM_F_REQUEST, NetlinkHeader, NetlinkMessage, NetlinkPayload};
@@ -13,6 +15,7 @@ use netlink_sys::{Socket, SocketAddr};
 pub use netlink_packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 /// What requests and answers are made of.
 pub use netlink_packet_route as route;
+pub use news::News;
 
 /// The most messages that one answer may have: a namespace with as many addresses or routes is no pod's.
 const ANSWER_MAX: usize = 100_000;

@@ -13,7 +13,8 @@ mod scan;
 
 pub use join::part;
 pub use loopback::Loopback;
-pub use namespace::{Namespace, NamespaceId};
+pub use namespace::{Namespace, NamespaceId, leave_host};
+pub use netlink::News;
 pub use scan::{Interface, Neighbour, Route, Scan};
 
 use std::io;
@@ -41,6 +42,9 @@ pub enum NetworkError {
         /// Its file.
         path: PathBuf,
     },
+    /// Only the first thread of a process decides where others find its network namespace.
+    #[error("a thread that is not the process's first cannot move the process to a network namespace of its own")]
+    Thread,
     /// The kernel refused a step.
     #[error("cannot {what}")]
     Kernel {

@@ -18,7 +18,7 @@ use netlink::route::route::{
 };
 use netlink::route::{AddressFamily, RouteNetlinkMessage};
 use netlink::{Connection, NLM_F_CREATE, NLM_F_EXCL};
-use network::{Namespace, Neighbour, NetworkError, Route, part};
+use network::{Namespace, Neighbour, NetworkError, Route, leave_host, part};
 use nix::sched::{CloneFlags, unshare};
 
 const POD: Ipv4Addr = Ipv4Addr::new(10, 9, 0, 2);
@@ -262,4 +262,38 @@ fn what_is_no_pod_s_namespace_is_refused_by_name() {
         let error = Namespace::open(Path::new(path)).map(drop).unwrap_err();
         assert!(matches!(error, NetworkError::Namespace { .. }) && error.to_string().contains(path), "{error}");
     }
+}
+
+#[test]
+fn news_tell_that_something_has_changed_and_not_more_often() {
+    let (Some(pod), Some(world)) = (made(), made()) else { return };
+    let news = Namespace::open(&pod.path).unwrap().news().unwrap();
+    assert!(!news.take().unwrap());
+    wire(&pod, &world);
+    assert!(news.take().unwrap());
+    // The kernel may be at it still: a link finds its peer a while later.
+    let index = index(&pod, "eth0");
+    let mut link = LinkMessage::default();
+    link.header.index = index;
+    pod.connection().request(RouteNetlinkMessage::DelLink(link), 0).unwrap();
+    assert!(news.take().unwrap());
+}
+
+#[test]
+fn a_server_of_names_is_found_by_its_address() {
+    let Some(pod) = made() else { return };
+    set_up(&pod, "lo", None);
+    let namespace = Namespace::open(&pod.path).unwrap();
+    let docker = Ipv4Addr::new(127, 0, 0, 11);
+    assert!(!namespace.serves(docker).unwrap());
+    let socket = pod.socket(docker);
+    assert!(namespace.serves(docker).unwrap());
+    drop(socket);
+    assert!(!namespace.serves(docker).unwrap());
+}
+
+#[test]
+fn only_the_first_thread_moves_its_process_to_another_namespace() {
+    let refused = std::thread::spawn(leave_host).join().unwrap().unwrap_err();
+    assert!(matches!(refused, NetworkError::Thread), "{refused}");
 }

@@ -18,6 +18,7 @@ use protocols::{BUNDLES_DIR, CONTAINER_OPTIONS_TYPE_URL, SHARED_DIR};
 use super::Pod;
 use super::containers::{self, Container, Hold};
 use super::copies::Watches;
+use super::follow::Follower;
 use super::process::Process;
 use super::sandbox::Sandbox;
 use super::stdio::{Names, Pumps};
@@ -31,7 +32,7 @@ use crate::machine::Blueprint;
 use crate::network::Network;
 use crate::paths;
 use crate::sizing::{Demand, Host, Range};
-use crate::spec::{Bind, GuestSpec, Passed, Role, Spec};
+use crate::spec::{Bind, GuestSpec, NetworkPlace, Passed, Role, Spec};
 
 /// Makes container `request.id`, and the sandbox if it is the first one.
 ///
@@ -132,7 +133,7 @@ pub(super) async fn plan_sandbox(pod: &Arc<Pod>, spec: &Spec, config: Option<Pat
     let announced = Demand::of_sandbox(&spec.annotations());
     let mut blueprint = found(pod, spec, announced, config).await?;
     // Only a pod of several containers gets one later than its machine.
-    blueprint.devices_can_come = devices::may_be_asked_for();
+    blueprint.devices_can_come |= devices::may_be_asked_for();
     // Those of a container alone are set when it is made.
     blueprint.sysctls = spec.sysctls();
     Ok(blueprint)
@@ -156,6 +157,12 @@ async fn found(
     let pod = Arc::clone(pod);
     let (cgroups_path, annotations, hostname) = (spec.cgroups_path().to_owned(), spec.annotations(), hostname(spec));
     let (place, shared_memory) = (spec.network(), spec.shared_memory());
+    // Room for what comes later costs the guest time when it boots.
+    let cards_can_come = place == NetworkPlace::Own && spec.awaits_network();
+    if place == NetworkPlace::Own {
+        // By this thread, and before anybody is told the number of this process.
+        network::leave_host()?;
+    }
     blocking::run("found", move || {
         let (mut config, _) = Config::load(config.as_deref())?;
         config.annotate(&annotations).map_err(config::ConfigError::from)?;
@@ -172,7 +179,7 @@ async fn found(
         let network = Network::join(&place, &pod.journal)?;
         pod.stamp("network joined");
         let shm_size = shared_memory.map(|path| mount::tmpfs_size(&path)).transpose()?.unwrap_or_default();
-        let (devices, devices_can_come, sysctls) = (Vec::new(), false, HashMap::new());
+        let (devices, devices_can_come, sysctls) = (Vec::new(), cards_can_come, HashMap::new());
         Ok(Blueprint { config, size, hostname, network, devices, devices_can_come, sysctls, shm_size })
     })
     .await?
@@ -185,6 +192,10 @@ pub(super) async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Arc<Sa
     containers::watch_sandbox(pod, &sandbox);
     if let Some(loopback) = &blueprint.network.loopback {
         forward::serve(pod, &sandbox, Arc::clone(loopback));
+    }
+    if blueprint.network.own && pod.follower.get().is_none() {
+        // Before anybody is told the number of this process: what comes then is heard of.
+        let _ = pod.follower.set(Follower::start(pod, &sandbox, blueprint.is_pluggable()).await?);
     }
     Ok(sandbox)
 }

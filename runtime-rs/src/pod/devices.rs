@@ -208,6 +208,14 @@ mod tests {
             if *self.in_use.lock().unwrap() { Err(ChangeError::InUse(deadline)) } else { Ok(()) }
         }
 
+        fn add_card(&self, _: &str, _: &dragonball::NetConfig, _: Duration) -> Result<(), ChangeError> {
+            Err(ChangeError::NotPluggable)
+        }
+
+        fn remove_card(&self, name: &str, _: Duration) -> Result<(), ChangeError> {
+            Err(ChangeError::NotFound(name.to_owned()))
+        }
+
         fn first_devices(&self) -> Result<Vec<String>, ChangeError> {
             Ok(vec!["0000:00:05.0".to_owned()])
         }

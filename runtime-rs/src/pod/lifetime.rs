@@ -110,6 +110,7 @@ async fn live(
         launcher,
         streams: Arc::default(),
         sandbox: OnceCell::new(),
+        follower: OnceLock::new(),
         files: OnceLock::new(),
         containers: Containers::default(),
         first_byte: Arc::default(),

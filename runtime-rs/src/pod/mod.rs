@@ -5,6 +5,7 @@ pub mod copies;
 pub mod create;
 pub mod devices;
 pub mod events;
+pub mod follow;
 mod forward;
 pub mod gate;
 pub mod lifetime;
@@ -12,6 +13,7 @@ pub mod operations;
 mod outlet;
 pub mod process;
 pub mod resize;
+mod resolver;
 pub mod sandbox;
 mod sandbox_service;
 pub mod service;
@@ -34,6 +36,7 @@ use crate::machine::Launcher;
 use crate::paths::Paths;
 use containers::Containers;
 use events::Publisher;
+use follow::Follower;
 use gate::Gate;
 use sandbox::Sandbox;
 use stdio::FirstByte;
@@ -57,6 +60,8 @@ pub struct Pod {
     pub streams: Arc<Streams>,
     /// The machine, once the first request made it.
     pub sandbox: OnceCell<Arc<Sandbox>>,
+    /// Keeps the guest's network as that of this process is, where the pod has no other.
+    pub follower: OnceLock<Follower>,
     /// What its containers come without: set where no container stands for the pod, but the Sandbox API made it.
     pub files: OnceLock<PodFiles>,
     /// By id.

@@ -71,6 +71,9 @@ pub async fn start(pod: &Arc<Pod>, request: &StartRequest) -> Result<(), Error> 
 
 async fn start_in_guest(pod: &Pod, request: &StartRequest, process: &Process) -> Result<(), Error> {
     let sandbox = pod.sandbox()?;
+    if let Some(follower) = pod.follower.get().filter(|_| request.exec_id.is_empty()) {
+        follower.catch_up().await?;
+    }
     process.open_input()?;
     sandbox.task.start(deadline(), request).await.map_err(|error| sandbox.explain(error))?;
     Ok(())

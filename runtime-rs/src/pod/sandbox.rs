@@ -22,7 +22,7 @@ use super::devices::Devices;
 use super::resize::Resizer;
 use crate::error::Error;
 use crate::host::blocking;
-use crate::machine::{Blueprint, ExitReason, Machine, Plan};
+use crate::machine::{Blueprint, ExitReason, Hardware, Machine, Plan};
 
 /// The agent mounts one file system and sets a few files and sysctls.
 const SETUP_DEADLINE: Duration = Duration::from_secs(30);
@@ -47,6 +47,13 @@ pub struct Sandbox {
     pub devices: Devices,
     /// How long the agent may take for one container.
     pub create_timeout: Duration,
+}
+
+impl Sandbox {
+    /// What changes its machine.
+    pub fn hardware(&self) -> Arc<dyn Hardware> {
+        self.machine.hardware()
+    }
 }
 
 impl std::fmt::Debug for Sandbox {
@@ -211,7 +218,7 @@ fn listen(pod: &Pod) -> Result<Listeners, Error> {
     Ok(Listeners { agent: bind(AGENT_PORT)?, streams: bind(STREAM_PORT)? })
 }
 
-fn watch(event: BorrowedFd<'_>) -> std::io::Result<AsyncFd<OwnedFd>> {
+pub(super) fn watch(event: BorrowedFd<'_>) -> std::io::Result<AsyncFd<OwnedFd>> {
     let event = event.try_clone_to_owned()?;
     // SAFETY: the descriptor is a clone that the `AsyncFd` owns: it stays open and refers to the same file until the
     // registration ends with it.

@@ -43,6 +43,20 @@ fn the_network_is_where_the_specification_says() {
 }
 
 #[test]
+fn who_binds_a_file_of_resolvers_or_has_hooks_awaits_a_network() {
+    let awaits = |fields: Value| {
+        let Value::Object(fields) = fields else { unreachable!("just made an object") };
+        Spec { fields, bundle: PathBuf::new() }.awaits_network()
+    };
+    let bind = |destination: &str| json!({"destination": destination, "source": "/x", "options": ["rbind"]});
+    assert!(awaits(json!({"mounts": [bind("/etc/hosts"), bind("/etc/resolv.conf")]})));
+    assert!(awaits(json!({"hooks": {"createRuntime": [{"path": "/usr/bin/nerdctl"}]}})));
+    for alone in [json!({}), json!({"mounts": [bind("/etc/hosts")]}), json!({"hooks": {"createRuntime": []}})] {
+        assert!(!awaits(alone));
+    }
+}
+
+#[test]
 fn kernel_parameters_are_those_that_are_texts() {
     let sysctls = |value: Value| {
         let Value::Object(fields) = linux(json!({"sysctl": value})) else { unreachable!("just made an object") };

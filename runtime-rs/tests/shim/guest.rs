@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use async_trait::async_trait;
+use dragonball::NetConfig;
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use protobuf::well_known_types::any::Any;
 use protobuf::well_known_types::empty::Empty;
@@ -19,7 +20,7 @@ use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 use protocols::agent::{
     ContainerOptions, Event, GuestStamp, NextEventRequest, OnlineCpuMemRequest, OnlineCpuMemResponse, SetupRequest,
-    SetupResponse,
+    SetupResponse, UpdateNetworkRequest, UpdateNetworkResponse,
 };
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::containerd::api::*;
@@ -127,6 +128,17 @@ impl Hardware for FakeHardware {
 
     fn remove_device(&self, path: &Path, _: Duration) -> Result<(), ChangeError> {
         tell(&format!("remove {}", path.display()));
+        Ok(())
+    }
+
+    fn add_card(&self, name: &str, card: &NetConfig, _: Duration) -> Result<(), ChangeError> {
+        let interface = name.split('-').next().unwrap();
+        tell(&format!("card {} for {interface}", card.mac.unwrap()));
+        Ok(())
+    }
+
+    fn remove_card(&self, name: &str, _: Duration) -> Result<(), ChangeError> {
+        tell(&format!("no card for {}", name.split('-').next().unwrap()));
         Ok(())
     }
 
@@ -364,6 +376,17 @@ impl AgentService for Agent {
         tell(&format!("online: {} vCPUs, {} MiB", request.cpus, request.memory >> 20));
         let (cpus, memory) = (request.cpus, request.memory);
         Ok(OnlineCpuMemResponse { cpus, memory, ..Default::default() })
+    }
+
+    async fn update_network(
+        &self,
+        _: &TtrpcContext,
+        request: UpdateNetworkRequest,
+    ) -> ttrpc::Result<UpdateNetworkResponse> {
+        let interfaces = request.interfaces.iter().map(|one| format!("{} {}", one.name, one.addresses.join(" ")));
+        let routes = request.routes.iter().map(|route| format!("via {} {}", route.gateway, route.interface));
+        tell(&format!("network: {}", interfaces.chain(routes).collect::<Vec<_>>().join(", ")));
+        Ok(UpdateNetworkResponse::default())
     }
 
     async fn next_event(&self, _: &TtrpcContext, _: NextEventRequest) -> ttrpc::Result<Event> {

@@ -7,6 +7,7 @@
 
 mod entry;
 mod guest;
+mod network;
 mod node;
 mod sizes;
 mod tests;
@@ -14,5 +15,5 @@ mod tests;
 use entry::trial;
 
 fn main() -> std::process::ExitCode {
-    entry::enter([tests::all(), sizes::all()])
+    entry::enter([tests::all(), sizes::all(), network::all()])
 }

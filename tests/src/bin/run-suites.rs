@@ -10,6 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use lab::{Device, Event, Hardware, Input, Machine, Setup, Snapshot, Status};
 use tests::debian_kernel::DebianKernel;
+use tests::docker_programs;
 use tests::second_chance::SecondChances;
 
 /// Runs the end-to-end suites or the demonstration where virtual machines can run.
@@ -44,6 +45,9 @@ enum Action {
         /// Run the long cases, too, those without an end of their own for so many minutes.
         #[arg(long, value_name = "MINUTES", requires = "pods")]
         soak: Option<u32>,
+        /// Run the cases of docker, too, with the newest of Debian's.
+        #[arg(long)]
+        docker: bool,
         #[command(flatten)]
         passed: Passed,
     },
@@ -118,6 +122,9 @@ struct Passed {
     /// The kernel of that machine: debian (it gives devices by groups) or iommufd (by iommufd).
     #[arg(long, value_name = "KERNEL", requires = "device", default_value = "debian")]
     machine_kernel: lab::Kernel,
+    /// A directory with docker's programs.
+    #[arg(skip)]
+    docker: Option<PathBuf>,
 }
 
 impl Passed {
@@ -141,6 +148,9 @@ impl Passed {
 /// Where the program by which guests use devices is in a machine.
 const PASSTHROUGH_PROGRAM: &str = "/root/bin/passthrough";
 
+/// Where docker's programs are in a machine.
+const DOCKER_PROGRAMS: &str = "/opt/docker";
+
 /// Deadlines in the lab, where every CPU is emulated, are this many times those of metal.
 const LAB_SLOWNESS: &str = "10";
 
@@ -156,7 +166,9 @@ struct Job {
 fn main() -> Result<ExitCode> {
     let (parts, job) = match Arguments::parse().action {
         Action::Program(alone) => return alone.run(),
-        Action::Test { parts, filter, snapshot, pods, brief, soak, passed } => {
+        Action::Test { parts, filter, snapshot, pods, brief, soak, docker, passed } => {
+            let docker = docker.then(|| docker_programs::newest(&cache::Cache::open()?)).transpose()?;
+            let passed = Passed { docker, ..passed };
             let older = brief.then_some("--containerd-alone");
             let both = vec![(Snapshot::Base, older), (Snapshot::Containerd21, None)];
             let machines = snapshot.map_or(both, |one| vec![(one, None)]);
@@ -174,7 +186,7 @@ fn main() -> Result<ExitCode> {
     let probe = lab::probe::probe();
     println!("{probe}");
     if probe.hardware && !parts.lab && job.passed.device.is_empty() {
-        return on_this_host(&parts, job.program, &job.arguments);
+        return on_this_host(&parts, job.program, &job.arguments, job.passed.docker.as_deref());
     }
     let mut failed = Vec::new();
     for (snapshot, more) in &job.machines {
@@ -189,7 +201,7 @@ fn main() -> Result<ExitCode> {
     Ok(ExitCode::FAILURE)
 }
 
-fn on_this_host(parts: &Parts, program: &str, arguments: &[String]) -> Result<ExitCode> {
+fn on_this_host(parts: &Parts, program: &str, arguments: &[String], docker: Option<&Path>) -> Result<ExitCode> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let containerd = std::env::split_paths(&path).map(|directory| directory.join("containerd")).find(|it| it.is_file());
     let Some(containerd) = containerd else {
@@ -200,6 +212,9 @@ fn on_this_host(parts: &Parts, program: &str, arguments: &[String]) -> Result<Ex
     let mut command = Command::new(parts.bin.join(program));
     command.arg("--containerd").arg(containerd).arg("--dist").arg(fs::canonicalize(&parts.dist)?);
     command.arg("--images").arg(&parts.images).args(arguments);
+    if let Some(docker) = docker {
+        command.arg("--docker").arg(docker);
+    }
     if program == "demo" {
         command.arg("--report").arg(&parts.report);
     }
@@ -234,6 +249,10 @@ fn in_the_lab(parts: &Parts, job: &Job, snapshot: Snapshot, more: Option<&str>) 
         command = command.args(["--passthrough", PASSTHROUGH_PROGRAM]);
         command =
             passed.addresses().iter().fold(command, |command, address| command.args(["--device", address.as_str()]));
+    }
+    if let Some(docker) = &passed.docker {
+        machine.push(docker, DOCKER_PROGRAMS)?;
+        command = command.args(["--docker", DOCKER_PROGRAMS]);
     }
     let kind = if passed.device.is_empty() { "" } else { "-devices" };
     let log = Log::create(&parts.report.join(format!("{program}-{snapshot}{kind}.log")))?;

@@ -14,6 +14,7 @@ use tests::containerd::{PAUSE, Purpose};
 use tests::context::{BUSYBOX, Context, DEBIAN, Images, KATA, RUNC};
 use tests::cri::{ContainerSpec, PodSpec};
 use tests::ctr::Ctr;
+use tests::docker::{self, Docker};
 use tests::event::Deadline;
 use tests::harness::trial;
 use tests::leftovers::{Scope, Snapshot, describe, settle};
@@ -56,6 +57,9 @@ struct Arguments {
     /// Run the cases of long runs, too, those without an end of their own for so many minutes.
     #[arg(long, value_name = "MINUTES", requires = "pods")]
     soak: Option<u32>,
+    /// Run the cases of docker, too, with the programs of this directory.
+    #[arg(long, value_name = "DIRECTORY", requires = "containerd")]
+    docker: Option<PathBuf>,
     /// Tell the results as JSON, one event a line.
     #[arg(long)]
     json: bool,
@@ -127,6 +131,10 @@ fn run(arguments: &Arguments, work: &Path) -> Result<ExitCode> {
     if arguments.pods {
         prepare_pods(&context)?;
     }
+    let context = match &arguments.docker {
+        Some(programs) => prepare_docker(context, programs, &work.join("docker"))?,
+        None => context,
+    };
     let (scope, patience) = (context.scope.clone(), context.within(10));
     let namespaces = [context.stack.ctr.clone(), context.other_namespace()];
     let before = Snapshot::take(&scope)?;
@@ -203,6 +211,16 @@ fn prepare_pods(context: &Context) -> Result<()> {
     pod.run(ContainerSpec::new("warm-up", BUSYBOX, &["true"]))?.ended()?;
     pod.remove()?;
     std::fs::remove_file(context.work.join("warm-up.log")).context("The first container has no log")
+}
+
+/// Starts docker, loads the image and runs a container of it, so that what the first one makes for all is there.
+fn prepare_docker(context: Context, programs: &Path, directory: &Path) -> Result<Context> {
+    let ctr = &context.ctr;
+    let docker = Docker::start(programs, &ctr.address, directory, &ctr.runtime, context.within(60))?;
+    docker.ok(&["load", "--input", &context.images.busybox.display().to_string()])?;
+    let ran = docker.ok(&["run", "--rm", docker::BUSYBOX, "true"]);
+    ran.with_context(|| format!("docker cannot run containers on this machine; {}", docker.log_end()))?;
+    Ok(Context { docker: Some(docker), ..context })
 }
 
 /// Gives the machine's containerd its namespaces back; one of our own ends anyway.

@@ -5,6 +5,7 @@ mod bad_input;
 mod crash;
 mod cri;
 pub mod devices;
+mod docker;
 mod exec;
 mod exit;
 mod leftover;
@@ -37,6 +38,7 @@ pub fn all() -> Vec<Case> {
         crash::CASES,
         many::CASES,
         devices::CASES,
+        docker::CASES,
         soak::CASES,
     ];
     // containerd only passes on what these show.
