@@ -126,15 +126,14 @@ fn run(arguments: &Arguments, work: &Path) -> Result<ExitCode> {
     let namespace = format!("suites-{}", std::process::id());
     let purpose = if arguments.pods { Purpose::Pods } else { Purpose::Containers };
     let stack = Stack::new(&arguments.stack, purpose, &arguments.runtime, &namespace, work)?;
-    let context = context(arguments, work, stack)?;
+    let mut context = context(arguments, work, stack)?;
     prepare(&context, cases::all().iter().any(|case| case.services && arguments.selects(case.name)))?;
     if arguments.pods {
         prepare_pods(&context)?;
     }
-    let context = match &arguments.docker {
-        Some(programs) => prepare_docker(context, programs, &work.join("docker"))?,
-        None => context,
-    };
+    if let Some(programs) = &arguments.docker {
+        context.docker = Some(prepare_docker(&context, programs, &work.join("docker"))?);
+    }
     let (scope, patience) = (context.scope.clone(), context.within(10));
     let namespaces = [context.stack.ctr.clone(), context.other_namespace()];
     let before = Snapshot::take(&scope)?;
@@ -214,13 +213,13 @@ fn prepare_pods(context: &Context) -> Result<()> {
 }
 
 /// Starts docker, loads the image and runs a container of it, so that what the first one makes for all is there.
-fn prepare_docker(context: Context, programs: &Path, directory: &Path) -> Result<Context> {
+fn prepare_docker(context: &Context, programs: &Path, directory: &Path) -> Result<Docker> {
     let ctr = &context.ctr;
     let docker = Docker::start(programs, &ctr.address, directory, &ctr.runtime, context.within(60))?;
     docker.ok(&["load", "--input", &context.images.busybox.display().to_string()])?;
     let ran = docker.ok(&["run", "--rm", docker::BUSYBOX, "true"]);
     ran.with_context(|| format!("docker cannot run containers on this machine; {}", docker.log_end()))?;
-    Ok(Context { docker: Some(docker), ..context })
+    Ok(docker)
 }
 
 /// Gives the machine's containerd its namespaces back; one of our own ends anyway.
