@@ -16,7 +16,7 @@ use tests::cri::{ContainerSpec, PodSpec};
 use tests::ctr::Ctr;
 use tests::docker::{self, Docker};
 use tests::event::Deadline;
-use tests::harness::trial;
+use tests::harness::{Case, trial};
 use tests::leftovers::{Scope, Snapshot, describe, settle};
 use tests::second_chance::SecondChances;
 use tests::stack::{Options, Stack, search_path};
@@ -80,10 +80,12 @@ struct Arguments {
 }
 
 impl Arguments {
-    /// Whether the case of this name will run.
-    fn selects(&self, name: &str) -> bool {
+    /// Whether the case is among those that are asked for.
+    fn will_run(&self, case: &Case) -> bool {
+        let name = case.name;
         let wanted = |filter: &String| if self.exact { name == filter } else { name.contains(filter.as_str()) };
-        self.filter.as_ref().is_none_or(wanted) && !self.skip.iter().any(wanted)
+        let selected = self.filter.as_ref().is_none_or(wanted) && !self.skip.iter().any(wanted);
+        selected && !(self.containerd_alone && case.whatever_containerd)
     }
 
     fn harness(&self) -> libtest_mimic::Arguments {
@@ -127,7 +129,7 @@ fn run(arguments: &Arguments, work: &Path) -> Result<ExitCode> {
     let purpose = if arguments.pods { Purpose::Pods } else { Purpose::Containers };
     let stack = Stack::new(&arguments.stack, purpose, &arguments.runtime, &namespace, work)?;
     let mut context = context(arguments, work, stack)?;
-    prepare(&context, cases::all().iter().any(|case| case.services && arguments.selects(case.name)))?;
+    prepare(&context, cases::all().iter().any(|case| case.services && arguments.will_run(case)))?;
     if arguments.pods {
         prepare_pods(&context)?;
     }

@@ -19,7 +19,9 @@ pub(super) const CASES: &[Case] = &[
     Case::any("tasks: a running task cannot be deleted without force", delete_running),
     Case::any("tasks: a container can be started again after its task was deleted", again),
     Case::kata("tasks: uname tells the guest's kernel and not the host's", own_kernel),
-    Case::any("tasks: redis serves from a detached container, redis-benchmark by exec", redis).with_services(),
+    Case::any("tasks: redis serves from a detached container, redis-benchmark by exec", redis)
+        .with_services()
+        .whatever_containerd(),
 ];
 
 fn ls(context: &Context) -> Result<()> {
