@@ -190,7 +190,9 @@ fn main() -> Result<ExitCode> {
     }
     let mut failed = Vec::new();
     for (snapshot, more) in &job.machines {
-        if !again_if_the_machine_ended(|| in_the_lab(&parts, &job, *snapshot, *more))? {
+        let log = job.log(&parts, *snapshot);
+        File::create(&log).with_context(|| format!("Cannot write {}", log.display()))?;
+        if !again_if_the_machine_ended(|| in_the_lab(&parts, &job, *snapshot, *more, &log))? {
             failed.push(snapshot.name());
         }
     }
@@ -226,10 +228,21 @@ fn on_this_host(parts: &Parts, program: &str, arguments: &[String], docker: Opti
     Ok(if child.wait()?.success() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }
 
-/// Answers whether the job's program succeeded in a machine restored from `snapshot`.
-fn in_the_lab(parts: &Parts, job: &Job, snapshot: Snapshot, more: Option<&str>) -> Result<bool> {
+impl Job {
+    /// The file of what the program writes.
+    fn log(&self, parts: &Parts, snapshot: Snapshot) -> PathBuf {
+        let kind = if self.passed.device.is_empty() { "" } else { "-devices" };
+        parts.report.join(format!("{}-{snapshot}{kind}.log", self.program))
+    }
+}
+
+/// Answers whether the job's program succeeded in a machine restored from `snapshot`. Cases that have passed by the words of
+/// `log`, in a machine that was lost, do not run again.
+fn in_the_lab(parts: &Parts, job: &Job, snapshot: Snapshot, more: Option<&str>, log: &Path) -> Result<bool> {
     let Job { program, arguments, passed, .. } = job;
     println!("\n{program} in the lab, snapshot {snapshot}");
+    let before = fs::read_to_string(log).with_context(|| format!("Cannot read {}", log.display()))?;
+    let done = passed_tests(&before).into_iter().map(|name| format!("--skip={name}"));
     let name = format!("{program}-{}-{}", snapshot.name().replace('.', "-"), std::process::id());
     let machine = passed.machine(snapshot, None, &name)?;
     // The directory's content is merged into the machine's root: an installation.
@@ -242,7 +255,8 @@ fn in_the_lab(parts: &Parts, job: &Job, snapshot: Snapshot, more: Option<&str>) 
     let mut command = lab::Command::shell(script)
         .arg(format!("/root/bin/{program}"))
         .args(["--slowness", LAB_SLOWNESS])
-        .args(arguments.iter().map(String::as_str).chain(more));
+        .args(arguments.iter().map(String::as_str).chain(more))
+        .args(done);
     command = if *program == "demo" { command.args(["--report", "/root/report"]) } else { command.arg("--emulated") };
     if let Some(file) = &passed.passthrough {
         machine.push(file, PASSTHROUGH_PROGRAM)?;
@@ -254,9 +268,7 @@ fn in_the_lab(parts: &Parts, job: &Job, snapshot: Snapshot, more: Option<&str>) 
         machine.push(docker, DOCKER_PROGRAMS)?;
         command = command.args(["--docker", DOCKER_PROGRAMS]);
     }
-    let kind = if passed.device.is_empty() { "" } else { "-devices" };
-    let log = Log::create(&parts.report.join(format!("{program}-{snapshot}{kind}.log")))?;
-    let succeeded = succeeds(&machine, &command, log)?;
+    let succeeded = succeeds(&machine, &command, Log::append(log)?)?;
     if *program == "demo" && succeeded {
         machine.pull("/root/report", &parts.report)?;
     }
@@ -382,8 +394,8 @@ impl Alone {
     }
 }
 
-/// Runs something in a machine, and all of it once more in a new one if the machine itself ended or is out of reach: its
-/// guests run in an emulator, and what ends that says nothing of them.
+/// Runs something in a machine, and once more in a new one if the machine itself ended or is out of reach: its guests run in
+/// an emulator, and what ends that says nothing of them.
 fn again_if_the_machine_ended(mut run: impl FnMut() -> Result<bool>) -> Result<bool> {
     match run() {
         Err(error) if matches!(error.downcast_ref(), Some(lab::Error::Qemu { .. } | lab::Error::Connection(_))) => {
@@ -419,6 +431,12 @@ fn failed_tests(log: &str) -> Vec<String> {
     log.lines().filter_map(failed).collect()
 }
 
+/// Those that it names as passed.
+fn passed_tests(log: &str) -> Vec<String> {
+    let passed = |line: &str| Some(line.strip_prefix("test ")?.strip_suffix(" ... ok")?.trim_end().to_owned());
+    log.lines().filter_map(passed).collect()
+}
+
 /// Shows what a program writes and keeps it.
 struct Log {
     file: File,
@@ -429,6 +447,12 @@ impl Log {
     fn create(path: &Path) -> Result<Self> {
         let file = File::create(path).with_context(|| format!("Cannot write {}", path.display()))?;
         Ok(Self { file, failed: false })
+    }
+
+    /// One that goes on in a file.
+    fn append(path: &Path) -> Result<Self> {
+        let file = File::options().append(true).open(path);
+        Ok(Self { file: file.with_context(|| format!("Cannot write {}", path.display()))?, failed: false })
     }
 
     fn add(&mut self, bytes: &[u8]) {
@@ -456,7 +480,14 @@ impl Write for Log {
 
 #[cfg(test)]
 mod log_tests {
-    use super::failed_tests;
+    use super::{failed_tests, passed_tests};
+
+    #[test]
+    fn passed_tests_are_those_whose_line_says_so_at_once() {
+        let log =
+            "test cri: a pod                 ... ok\ntest many: 8 start ... many: again, for\nok\ntest x ... FAILED\n";
+        assert_eq!(passed_tests(log), ["cri: a pod"]);
+    }
 
     #[test]
     fn failed_tests_are_found_in_a_log_among_what_guests_print() {

@@ -66,6 +66,15 @@ mod tests {
     use std::collections::BTreeSet;
 
     #[test]
+    fn no_name_is_part_of_another_so_that_cases_can_be_left_out_by_their_names() {
+        let cases = super::all();
+        for case in &cases {
+            let alike = cases.iter().filter(|other| other.name.contains(case.name));
+            assert_eq!(alike.count(), 1, "{}", case.name);
+        }
+    }
+
+    #[test]
     fn every_case_has_its_own_name() {
         let cases = super::all();
         let names: BTreeSet<&str> = cases.iter().map(|case| case.name).collect();
