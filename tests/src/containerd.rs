@@ -9,10 +9,10 @@ use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use nix::mount::{MntFlags, umount2};
 use nix::poll::PollFlags;
 use nix::sys::signal::Signal;
 
+use crate::daemon;
 use crate::event::{Deadline, wait};
 use crate::pidfd::Pidfd;
 
@@ -203,29 +203,13 @@ pub(crate) fn until_ready(ready: &UnixDatagram, pidfd: &Pidfd, deadline: Deadlin
 }
 
 fn log_end(directory: &Path) -> String {
-    let log = fs::read_to_string(directory.join("log")).unwrap_or_default();
-    let lines: Vec<&str> = log.lines().rev().take(10).collect();
-    let lines: String = lines.iter().rev().map(|line| format!("\n  {line}")).collect();
-    format!("the end of its log:{lines}")
+    format!("the end of its log:{}", daemon::log_end(directory, 10))
 }
 
 impl Drop for Containerd {
     fn drop(&mut self) {
-        let (child, pidfd) = self.process.get_mut().unwrap_or_else(PoisonError::into_inner);
-        pidfd.signal(Signal::SIGTERM).ok();
-        let ended = wait(&[(pidfd.as_fd(), PollFlags::POLLIN)], Deadline::after(Duration::from_secs(30)));
-        if !matches!(ended, Ok(Some(_))) {
-            child.kill().ok();
-        }
-        child.wait().ok();
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let points = mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
-        for point in points.filter(|point| point.starts_with(&self.directory)) {
-            umount2(point, MntFlags::MNT_DETACH).ok();
-        }
-        if let Err(error) = fs::remove_dir_all(&self.directory) {
-            eprintln!("Cannot remove {}: {error}", self.directory.display());
-        }
+        let process = self.process.get_mut().unwrap_or_else(PoisonError::into_inner);
+        daemon::end(process, &self.directory, Duration::from_secs(30));
     }
 }
 

@@ -1,19 +1,16 @@
 //! docker: a daemon of the suites' own, with their containerd, and its client.
 
 use std::fs;
-use std::os::fd::AsFd;
 use std::os::unix::net::UnixDatagram;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
-use nix::mount::{MntFlags, umount2};
-use nix::poll::PollFlags;
-use nix::sys::signal::Signal;
 
 use crate::containerd::until_ready;
-use crate::event::{Deadline, wait};
+use crate::daemon;
+use crate::event::Deadline;
 use crate::pidfd::Pidfd;
 use crate::process::{self, Finished};
 
@@ -186,29 +183,13 @@ fn address(directory: &Path) -> String {
 }
 
 fn log_end(directory: &Path) -> String {
-    let log = fs::read_to_string(directory.join("log")).unwrap_or_default();
-    let lines: Vec<&str> = log.lines().rev().take(15).collect();
-    let lines: String = lines.iter().rev().map(|line| format!("\n  {line}")).collect();
-    format!("the end of docker's log:{lines}")
+    format!("the end of docker's log:{}", daemon::log_end(directory, 15))
 }
 
 impl Drop for Docker {
     fn drop(&mut self) {
-        let (child, pidfd) = &mut self.process;
-        pidfd.signal(Signal::SIGTERM).ok();
-        let ended = wait(&[(pidfd.as_fd(), PollFlags::POLLIN)], Deadline::after(Duration::from_secs(60)));
-        if !matches!(ended, Ok(Some(_))) {
-            child.kill().ok();
-        }
-        child.wait().ok();
-        let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
-        let points = mounts.lines().rev().filter_map(|line| line.split(' ').nth(4)).map(Path::new);
-        for point in points.filter(|point| point.starts_with(&self.directory)) {
-            umount2(point, MntFlags::MNT_DETACH).ok();
-        }
-        if let Err(error) = fs::remove_dir_all(&self.directory) {
-            eprintln!("Cannot remove {}: {error}", self.directory.display());
-        }
+        let process = &mut self.process;
+        daemon::end(process, &self.directory, Duration::from_secs(60));
     }
 }
 

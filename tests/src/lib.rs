@@ -9,6 +9,7 @@ pub mod containerd;
 pub mod context;
 pub mod cri;
 pub mod ctr;
+mod daemon;
 pub mod debian_kernel;
 pub mod docker;
 pub mod docker_programs;

@@ -264,7 +264,6 @@ fn too_large(dir: &Path) -> Observed {
     let file = read_write(&dir.join("file"))?;
     let mut steps = Steps::default();
     steps.result("a negative length", file.set_len(1 << 63));
-    // SAFETY: it only lowers what this process may write, which nothing before this behaviour exceeds.
     let before = nix::sys::resource::getrlimit(nix::sys::resource::Resource::RLIMIT_FSIZE)?;
     let limit = |soft| nix::sys::resource::setrlimit(nix::sys::resource::Resource::RLIMIT_FSIZE, soft, before.1);
     // The signal would end the process before the error is seen.
