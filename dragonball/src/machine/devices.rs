@@ -197,7 +197,7 @@ impl Devices {
             hardware,
             passthrough,
             windows: Windows::new(host_devices_window(), None),
-            bus: Arc::new(PciBus::default()),
+            bus: Arc::new(PciBus::new(address_space.clone())),
             ioapic,
             high,
             address_space,

@@ -1,10 +1,12 @@
 //! Bus 0: which function has which slot, and which answers to which address.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard};
 
 use super::PciFunction;
-use crate::memory::layout;
+use super::config_page::ConfigPage;
+use crate::memory::{AddressSpace, layout};
 
 /// How many slots a bus has: 5 bits of a bus address.
 const SLOT_COUNT: usize = 32;
@@ -35,6 +37,37 @@ pub(crate) struct PciBus {
     ranges: RwLock<Vec<Decoded>>,
     /// Held while the ranges of a function are asked for and entered, by vCPUs alone.
     refreshing: Mutex<()>,
+    /// Registers that the guest reads as memory.
+    pages: Option<Pages>,
+}
+
+/// The pages of functions 0, by their slots.
+struct Pages {
+    space: AddressSpace,
+    of_slots: Mutex<BTreeMap<usize, Arc<ConfigPage>>>,
+}
+
+impl Pages {
+    /// Shows the registers of function 0 of what is about to come into `slot`, if they are memory.
+    fn show(&self, slot: usize, device: &Slot) {
+        let [Some(function), ..] = device else { return };
+        let mut pages = self.of_slots.lock().unwrap_or_else(PoisonError::into_inner);
+        let page = pages.entry(slot).or_insert_with(|| {
+            let address = layout::ECAM.start + ((slot as u64) << SLOT_SHIFT);
+            Arc::new(ConfigPage::new(self.space.clone(), address))
+        });
+        if !function.show_config(page) {
+            pages.remove(&slot);
+        }
+    }
+
+    /// Shows that there is nothing in `slot` any more.
+    fn vacate(&self, slot: usize, device: &Slot) {
+        device.iter().flatten().for_each(|function| function.leave_config());
+        if let Some(page) = self.of_slots.lock().unwrap_or_else(PoisonError::into_inner).get(&slot) {
+            page.vacate();
+        }
+    }
 }
 
 struct Decoded {
@@ -49,6 +82,11 @@ fn is_free(slot: &Slot) -> bool {
 }
 
 impl PciBus {
+    /// An empty bus of the machine with this memory.
+    pub(crate) fn new(space: AddressSpace) -> Self {
+        Self { pages: Some(Pages { space, of_slots: Mutex::default() }), ..Self::default() }
+    }
+
     /// The first free slot; nothing when all are taken.
     pub(crate) fn free_slot(&self) -> Option<u8> {
         let slots = self.slots.read().unwrap_or_else(PoisonError::into_inner);
@@ -68,14 +106,16 @@ impl PciBus {
             let Some(place) = device.get_mut(usize::from(number)) else { return false };
             *place = Some(function);
         }
+        let number = usize::from(slot);
         let mut slots = self.slots.write().unwrap_or_else(PoisonError::into_inner);
-        match slots.get_mut(usize::from(slot)) {
-            Some(place) if SLOTS.contains(&slot) && is_free(place) => {
-                *place = device;
-                true
-            }
-            _ => false,
+        let Some(place) = slots.get_mut(number).filter(|place| SLOTS.contains(&slot) && is_free(place)) else {
+            return false;
+        };
+        if let Some(pages) = &self.pages {
+            pages.show(number, &device);
         }
+        *place = device;
+        true
     }
 
     /// Empties `slot`: from here on nobody finds its functions. A vCPU that is in the middle of an access finishes it.
@@ -87,6 +127,9 @@ impl PciBus {
         let decoded: Vec<_> = ranges.extract_if(.., |decoded| decoded.place.0 == slot).collect();
         // The last owner frees what a function holds: not under the locks.
         drop((slots, ranges));
+        if let (Some(pages), Some(device)) = (&self.pages, &removed) {
+            pages.vacate(slot, device);
+        }
         drop((removed, decoded));
     }
 
@@ -151,6 +194,13 @@ impl PciBus {
             let offset = decoded.range.offset_of(address, size)?;
             Some((Arc::clone(&decoded.function), decoded.bar, offset))
         })
+    }
+
+    /// What the guest reads as memory where the registers of function 0 in `slot` are, if it does.
+    #[cfg(any(test, feature = "testing"))]
+    pub(crate) fn shown_config(&self, slot: u8) -> Option<Vec<u8>> {
+        let pages = self.pages.as_ref()?.of_slots.lock().unwrap_or_else(PoisonError::into_inner);
+        pages.get(&usize::from(slot))?.content()
     }
 
     /// Answers a read of a function's memory; false when none answers.

@@ -102,6 +102,11 @@ impl ConfigSpace {
         u16::try_from(body_start).ok()
     }
 
+    /// What all registers hold.
+    pub(crate) fn registers(&self) -> &[u8] {
+        &self.bytes
+    }
+
     /// Answers a read.
     pub(crate) fn read(&self, register: u16, data: &mut [u8]) {
         for (offset, byte) in (usize::from(register)..).zip(data) {

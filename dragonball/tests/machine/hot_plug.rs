@@ -109,6 +109,22 @@ fn a_device_comes_and_goes_as_the_driver_takes_it_and_lets_it_go() {
     assert_eq!(scene.output(), b"+-+-+-");
 }
 
+#[test]
+fn registers_are_there_as_long_as_their_device() {
+    if !kvm() {
+        return;
+    }
+    const IDENTITY: u32 = 0xe800_0000 + SLOT * 0x8000;
+    let code = take_disk(Code::new().wait_for(PCI_UP, BIT).load(IDENTITY).print_eax());
+    let code = code.wait_for(PCI_DOWN, BIT).store(PCI_EJECT, BIT).load(IDENTITY).print_eax();
+    let scene = Scene::new(&code.power_off(), |_| {});
+    scene.add(LONG).unwrap();
+    scene.manager().remove_device("data", LONG).unwrap();
+    wait_for_end(&scene.vm);
+    let (disk, nothing) = ([0xf4, 0x1a, 0x42, 0x10], [0xff; 4]);
+    assert_eq!(scene.output(), [disk, nothing].concat());
+}
+
 /// How often this process has `file` open.
 pub(crate) fn descriptors(file: &Path) -> usize {
     let link = |entry: std::io::Result<std::fs::DirEntry>| std::fs::read_link(entry.unwrap().path()).ok();

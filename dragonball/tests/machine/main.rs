@@ -111,6 +111,20 @@ fn the_entropy_device_is_in_slot_1() {
 }
 
 #[test]
+fn registers_read_as_they_were_written() {
+    if !kvm() {
+        return;
+    }
+    let register = 0xe800_8000 + 0x10;
+    let code = Code::new().load(register).print_eax().store(register, u32::MAX).load(register).print_eax();
+    let code = code.store(register, 0xd000_0000).store_word(0xe800_8004, 2).load(register).print_eax();
+    // The identity cannot be written; the features' word 1, bit 0 (VERSION_1) is read where the region is now.
+    let code = code.store(0xe800_8000, 0).load(0xe800_8000).print_eax();
+    let code = code.store(0xd000_0000, 1).load(0xd000_0004).print_eax().power_off();
+    assert_eq!(run(&code).words(), [0xc010_0000, 0xffff_c000, 0xd000_0000, 0x1044_1af4, 1]);
+}
+
+#[test]
 fn a_machine_without_devices_has_an_empty_bus() {
     if !kvm() {
         return;

@@ -13,7 +13,7 @@ use super::*;
 use crate::control::{DeviceRequest, Mailbox, Request, channel};
 use crate::irq::router::IrqRouter;
 use crate::kvm;
-use crate::memory::GuestRam;
+use crate::memory::{AddressSpace, GuestRam};
 use crate::pci::PciFunction;
 use crate::pci::bus::PciBus;
 use crate::virtio::device::{
@@ -57,6 +57,7 @@ impl VirtioDevice for Plain {
 struct Driver {
     transport: Arc<Transport>,
     mailbox: Mailbox,
+    space: AddressSpace,
 }
 
 /// A transport on a VM of its own; nothing where there is no KVM at all.
@@ -69,10 +70,11 @@ fn driver() -> Option<Driver> {
     let (control, mailbox) = channel().unwrap();
     let router = Arc::new(IrqRouter::new(Arc::clone(&vm)));
     let memory = Arc::clone(GuestRam::new(32 << 20).unwrap().memory());
+    let space = AddressSpace::new(Arc::clone(&vm));
     let hardware = Hardware { vm, router, memory, control };
     let transport = Arc::new(Transport::new(hardware, &Plain, 0, BAR).unwrap());
     transport.write_config(4, &[6, 0]);
-    Some(Driver { transport, mailbox })
+    Some(Driver { transport, mailbox, space })
 }
 
 mod register {
@@ -98,6 +100,20 @@ impl Driver {
 
     fn write(&self, offset: u64, data: &[u8]) {
         self.transport.write_memory(0, offset, data);
+    }
+
+    /// Where the window's capability is: the one with `cfg_type` 5.
+    fn window(&self) -> u16 {
+        let mut at = 0x34;
+        loop {
+            let mut capability = [0; 4];
+            self.transport.read_config(at, &mut capability);
+            if capability[0] == 9 && capability[3] == 5 {
+                return at;
+            }
+            at = u16::from(capability[usize::from(at != 0x34)]);
+            assert_ne!(at, 0, "the list has the window");
+        }
     }
 
     fn status(&self) -> u8 {
@@ -245,7 +261,7 @@ fn a_reset_of_a_working_device_waits_for_the_device() {
 
 #[test]
 fn a_machine_that_ends_lets_a_waiting_vcpu_go() {
-    let Some(Driver { transport, mailbox }) = driver() else { return };
+    let Some(Driver { transport, mailbox, .. }) = driver() else { return };
     let writer = std::thread::spawn(move || transport.write_memory(0, DEVICE.start, &[9]));
     let request = mailbox.requests.recv().unwrap();
     drop((request, mailbox));
@@ -278,6 +294,39 @@ fn the_function_answers_where_its_register_says() {
 }
 
 #[test]
+fn the_guest_reads_registers_as_memory_and_nothing_where_no_function_is() {
+    let Some(driver) = driver() else { return };
+    let bus = PciBus::new(driver.space.clone());
+    let shown =
+        |offset: usize| bus.shown_config(1).map(|page| u32::from_le_bytes(page[offset..][..4].try_into().unwrap()));
+    assert_eq!(shown(0), None);
+    bus.add(1, Arc::clone(&driver.transport) as _);
+    assert_eq!([shown(0), shown(0x10), shown(256), shown(4092)], [Some(0x1042_1af4), Some(BAR), Some(0), Some(0)]);
+    bus.write_config(1 << 15 | 0x10, &[0xff; 4]);
+    assert_eq!([shown(0x10), shown(0)], [Some(0xffff_c000), Some(0x1042_1af4)]);
+    bus.remove(1);
+    driver.transport.write_config(0x10, &[0; 4]);
+    assert_eq!([shown(0), shown(0x10), shown(4092)], [Some(0xffff_ffff); 3], "a vCPU that was at it changes nothing");
+    bus.add(1, Arc::clone(&driver.transport) as _);
+    assert_eq!([shown(0), shown(0x10)], [Some(0x1042_1af4), Some(0)]);
+}
+
+#[test]
+fn a_window_that_is_open_is_read_by_exits() {
+    let Some(driver) = driver() else { return };
+    let bus = PciBus::new(driver.space.clone());
+    bus.add(1, Arc::clone(&driver.transport) as _);
+    let window = driver.window();
+    bus.write_config(1 << 15 | u64::from(window + 8), &u32::try_from(register::QUEUES).unwrap().to_le_bytes());
+    assert!(bus.shown_config(1).is_some(), "a window of no length");
+    bus.write_config(1 << 15 | u64::from(window + 12), &2_u32.to_le_bytes());
+    assert!(bus.shown_config(1).is_none());
+    let mut queues = [0; 2];
+    bus.read_config(1 << 15 | u64::from(window + 16), &mut queues);
+    assert_eq!(queues, [2, 0]);
+}
+
+#[test]
 fn doorbells_follow_a_function_that_moves() {
     let Some(driver) = driver() else { return };
     driver.negotiate(VERSION_1);
@@ -295,19 +344,7 @@ fn doorbells_follow_a_function_that_moves() {
 #[test]
 fn the_window_in_configuration_space_reaches_the_registers() {
     let Some(driver) = driver() else { return };
-    let mut pointer = [0; 1];
-    driver.transport.read_config(0x34, &mut pointer);
-    let mut at = u16::from(pointer[0]);
-    // The capability with `cfg_type` 5.
-    let window = loop {
-        let mut capability = [0; 4];
-        driver.transport.read_config(at, &mut capability);
-        if capability[0] == 9 && capability[3] == 5 {
-            break at;
-        }
-        at = u16::from(capability[1]);
-        assert_ne!(at, 0, "the list has the window");
-    };
+    let window = driver.window();
     driver.transport.write_config(window + 8, &u32::try_from(register::QUEUES).unwrap().to_le_bytes());
     driver.transport.write_config(window + 12, &2_u32.to_le_bytes());
     let mut data = [0; 2];

@@ -16,6 +16,7 @@ use crate::irq::router::IrqRouter;
 use crate::memory::layout::Range;
 use crate::pci::PciFunction;
 use crate::pci::config::{ConfigSpace, ConfigState};
+use crate::pci::config_page::ConfigPage;
 use crate::pci::msix::MsixState;
 use crate::virtio::device::{Activation, ActiveQueue, GuestMemory, Interrupt, VirtioDevice};
 
@@ -38,6 +39,9 @@ pub(crate) struct Transport {
     pub(super) capabilities: Capabilities,
     lines: Arc<Lines>,
     state: Mutex<State>,
+    /// Where the guest reads the registers of configuration space. Never held while the `vmm` thread is waited for, which
+    /// takes it when the function goes.
+    page: Mutex<Option<Arc<ConfigPage>>>,
 }
 
 struct State {
@@ -91,6 +95,7 @@ impl Transport {
             capabilities,
             lines: Arc::new(lines),
             state: Mutex::new(State { config, registers, doorbells: Vec::new(), watched: None }),
+            page: Mutex::new(None),
         })
     }
 
@@ -233,6 +238,21 @@ impl Transport {
         (valid && offset + (length as u64) <= u64::from(layout::LENGTH)).then_some((offset, length))
     }
 
+    fn page(&self) -> MutexGuard<'_, Option<Arc<ConfigPage>>> {
+        self.page.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The registers of configuration space have changed. The window's data are no register: once the guest has opened it,
+    /// its reads must come here.
+    fn update_page(&self, state: &State) {
+        let page = self.page();
+        match page.as_ref() {
+            Some(page) if self.window(state).is_some() => page.hide(),
+            Some(page) => page.update(state.config.registers()),
+            None => {}
+        }
+    }
+
     /// Whether an access of configuration space is one of the window's data.
     fn is_window_data(&self, register: u16) -> bool {
         register == self.capabilities.window + layout::WINDOW_DATA
@@ -298,6 +318,7 @@ impl Transport {
             return Err(misfit());
         }
         state.config = config;
+        self.update_page(&state);
         state.registers = saved.registers.clone();
         self.lines.config_vector.store(self.known_vector(saved.config_vector), Ordering::Release);
         for (slot, vector) in self.lines.queue_vectors.iter().zip(&saved.queue_vectors) {
@@ -346,6 +367,7 @@ impl PciFunction for Transport {
             return false;
         }
         let moved = state.config.write(register, data);
+        self.update_page(&state);
         let [_, control] = state.config.bytes_at(self.capabilities.msix);
         self.lines.msix.set_control(control);
         if moved && state.watched != state.config.bar(layout::BAR) && !state.doorbells.is_empty() {
@@ -353,6 +375,19 @@ impl PciFunction for Transport {
             self.watch(&mut state);
         }
         moved
+    }
+
+    fn show_config(&self, page: &Arc<ConfigPage>) -> bool {
+        let state = self.state();
+        if self.window(&state).is_none() {
+            page.show(state.config.registers());
+        }
+        *self.page() = Some(Arc::clone(page));
+        true
+    }
+
+    fn leave_config(&self) {
+        *self.page() = None;
     }
 
     fn ranges(&self) -> Vec<(u8, Range)> {
