@@ -79,10 +79,11 @@ impl Guest {
         let rootfs = container.bundle.join("rootfs");
         fs::create_dir_all(&rootfs).map_err(Error::io(format!("cannot make {}", rootfs.display())))?;
         fs::create_dir_all(state_root()).map_err(Error::io("cannot make the state directory"))?;
+        let layers = passthrough::name_disks(&request.rootfs).await?;
         {
             let mut mounts = container.mounts.borrow_mut();
             mounts.add_storages(&options.storages)?;
-            mounts.add_rootfs(&request.rootfs, &rootfs)?;
+            mounts.add_rootfs(&layers, &rootfs)?;
         }
         self.copy_volumes(container, &options.copies).await?;
         let spec = container.bundle.join("spec.json");

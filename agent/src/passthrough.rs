@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use protocols::agent::PciDevice;
+use protocols::containerd::types::mount::Mount;
 use serde_json::{Map, Value, json};
 use tokio::task::spawn_blocking;
 
@@ -40,9 +41,14 @@ struct Node {
     /// Below `/dev`.
     name: String,
     block: bool,
+    /// Not a part of another.
+    whole: bool,
     major: u32,
     minor: u32,
 }
+
+/// What a mount's source begins with that is a disk in a slot of the PCI bus: udev's names, which no guest has.
+const DISK_BY_PATH: &str = "/dev/disk/by-path/pci-";
 
 /// Adds the nodes of `devices` to a specification, and the rules that allow their use.
 pub(crate) async fn admit(spec: &[u8], devices: &[PciDevice]) -> Result<Vec<u8>> {
@@ -51,26 +57,59 @@ pub(crate) async fn admit(spec: &[u8], devices: &[PciDevice]) -> Result<Vec<u8>>
     }
     let mut fields: Map<String, Value> =
         serde_json::from_slice(spec).map_err(|error| Error::invalid(format!("the spec is no JSON object: {error}")))?;
-    let places = Places {
-        functions: PathBuf::from("/sys/bus/pci/devices"),
-        probe: PathBuf::from("/sys/bus/pci/drivers_probe"),
-        nodes: PathBuf::from("/dev"),
-    };
+    let places = Places::guest();
     for device in devices {
-        let nodes = places.nodes_of(device).await?;
-        tracing::debug!(address = device.address, ?nodes, "a device of the host is in the guest");
-        for node in nodes {
-            places.add(&mut fields, device, &node)?;
-        }
+        places.admit(&mut fields, device).await?;
     }
     serde_json::to_vec(&fields).map_err(|error| Error::invalid(error.to_string()))
 }
 
+/// Mounts with the guest's name for each source that is a disk in a slot of the PCI bus; waits for its driver.
+pub(crate) async fn name_disks(mounts: &[Mount]) -> Result<Vec<Mount>> {
+    let places = Places::guest();
+    let mut named = Vec::new();
+    for mount in mounts {
+        let mut mount = mount.clone();
+        if let Some(address) = mount.source.strip_prefix(DISK_BY_PATH) {
+            let disk = places.disk(address).await?;
+            mount.source = places.nodes.join(disk.name).to_string_lossy().into_owned();
+        }
+        named.push(mount);
+    }
+    Ok(named)
+}
+
 impl Places {
-    /// The nodes of all functions in the device's slot, when their drivers have made them.
-    async fn nodes_of(&self, device: &PciDevice) -> Result<Vec<Node>> {
-        let slot = slot(&device.address)?;
-        let failed = || Error::io::<io::Error>(format!("cannot look at the PCI device {}", device.address));
+    fn guest() -> Self {
+        Self {
+            functions: PathBuf::from("/sys/bus/pci/devices"),
+            probe: PathBuf::from("/sys/bus/pci/drivers_probe"),
+            nodes: PathBuf::from("/dev"),
+        }
+    }
+
+    /// Adds the nodes of a device to a specification: all, or a disk's alone by the name that it is to have.
+    async fn admit(&self, spec: &mut Map<String, Value>, device: &PciDevice) -> Result<()> {
+        if !device.node.is_empty() {
+            let disk = self.disk(&device.address).await?;
+            return self.add(spec, device, &disk, &device.node);
+        }
+        let nodes = self.nodes_of(&device.address).await?;
+        tracing::debug!(device.address, ?nodes, "a device of the host is in the guest");
+        nodes.iter().try_for_each(|node| self.add(spec, device, node, &format!("/dev/{}", node.name)))
+    }
+
+    /// The node of the whole disk at `address`.
+    async fn disk(&self, address: &str) -> Result<Node> {
+        let nodes = self.nodes_of(address).await?;
+        let disk = nodes.into_iter().find(|node| node.block && node.whole);
+        disk.ok_or_else(|| Error::invalid(format!("the PCI device {address} is no disk")))
+    }
+
+    /// The nodes of all functions in the slot of `address`, when their drivers have made them.
+    async fn nodes_of(&self, address: &str) -> Result<Vec<Node>> {
+        let slot = slot(address)?;
+        let failed = || Error::io::<io::Error>(format!("cannot look at the PCI device {address}"));
         let events = Uevents::listen().map_err(failed())?;
         let reached = async {
             let functions = events.until(|| self.functions(slot)).await?;
@@ -87,7 +126,7 @@ impl Places {
         match tokio::time::timeout(NODE_DEADLINE, reached).await {
             Ok(nodes) => nodes.map_err(failed()),
             Err(_) => Err(Error::Deadline {
-                what: format!("the driver of PCI device {} has made no device node", device.address),
+                what: format!("the driver of PCI device {address} has made no device node"),
                 seconds: NODE_DEADLINE.as_secs(),
             }),
         }
@@ -120,8 +159,8 @@ impl Places {
         probed.map_err(io::Error::other)
     }
 
-    /// Adds a node to a specification.
-    fn add(&self, spec: &mut Map<String, Value>, device: &PciDevice, node: &Node) -> Result<()> {
+    /// Adds a node to a specification as `name`.
+    fn add(&self, spec: &mut Map<String, Value>, device: &PciDevice, node: &Node, name: &str) -> Result<()> {
         let path = self.nodes.join(&node.name);
         let kind = if node.block { "b" } else { "c" };
         let own = fs::metadata(&path).map_err(Error::io(format!("cannot look at {}", path.display())))?;
@@ -132,14 +171,15 @@ impl Places {
             linux,
             "devices",
             json!({
-                "path": format!("/dev/{}", node.name), "type": kind, "major": node.major, "minor": node.minor,
+                "path": name, "type": kind, "major": node.major, "minor": node.minor,
                 "fileMode": mode, "uid": device.uid.unwrap_or_else(|| own.uid()), "gid": device.gid.unwrap_or_else(|| own.gid()),
             }),
         )?;
         let resources = child(linux, "resources", json!({}))?;
         let resources =
             resources.as_object_mut().ok_or_else(|| Error::invalid("`resources` of the spec is no object"))?;
-        let rule = json!({"allow": true, "type": kind, "major": node.major, "minor": node.minor, "access": "rwm"});
+        let access = if device.read_only { "rm" } else { "rwm" };
+        let rule = json!({"allow": true, "type": kind, "major": node.major, "minor": node.minor, "access": access});
         push(resources, "devices", rule)
     }
 }
@@ -210,7 +250,8 @@ fn node_at(directory: &Path) -> Option<Node> {
     let name = event.lines().find_map(|line| line.strip_prefix("DEVNAME="))?.to_owned();
     let subsystem = fs::read_link(directory.join("subsystem")).ok()?;
     let block = subsystem.file_name().is_some_and(|name| name == "block");
-    Some(Node { name, block, major: major.parse().ok()?, minor: minor.parse().ok()? })
+    let whole = !directory.join("partition").exists();
+    Some(Node { name, block, whole, major: major.parse().ok()?, minor: minor.parse().ok()? })
 }
 
 #[cfg(test)]
@@ -240,6 +281,7 @@ mod tests {
                 symlink(root.path().join("class/block"), function.join(place).join("subsystem")).expect("a link");
                 write(&format!("nodes/{name}"), "");
             }
+            write("functions/0000:00:05.0/disk/part/partition", "1\n");
             // Not a way to other devices.
             symlink("/dev", function.join("link")).expect("a link");
         }
@@ -261,8 +303,8 @@ mod tests {
     #[test]
     fn the_nodes_of_a_function_are_found_below_it_and_nowhere_else() {
         let (root, function) = sysfs(true);
-        let node = |name: &str, minor| Node { name: name.to_owned(), block: true, major: 259, minor };
-        assert_eq!(nodes_below(&function).expect("nodes"), [node("nvme0n1", 0), node("nvme0n1p1", 1)]);
+        let node = |name: &str, whole, minor| Node { name: name.to_owned(), block: true, whole, major: 259, minor };
+        assert_eq!(nodes_below(&function).expect("nodes"), [node("nvme0n1", true, 0), node("nvme0n1p1", false, 1)]);
         assert_eq!(places(root.path()).functions("0000:00:05").expect("an answer"), Some(vec![function]));
         assert_eq!(places(root.path()).functions("0000:00:06").expect("an answer"), None);
     }
@@ -278,9 +320,7 @@ mod tests {
         };
         let places = places(root.path());
         let mut spec = Map::new();
-        for node in places.nodes_of(&device).await.expect("nodes") {
-            places.add(&mut spec, &device, &node).expect("room");
-        }
+        places.admit(&mut spec, &device).await.expect("nodes");
         let added = &spec["linux"]["devices"][1];
         assert_eq!(
             (&added["path"], &added["type"], &added["minor"]),
@@ -292,15 +332,32 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_disk_is_in_the_container_by_its_own_name_and_without_its_partitions() {
+        let (root, function) = sysfs(true);
+        let places = places(root.path());
+        let address = "0000:00:05.0".to_owned();
+        let device = PciDevice { address, node: "/dev/volume".to_owned(), read_only: true, ..Default::default() };
+        let mut spec = Map::new();
+        places.admit(&mut spec, &device).await.expect("a disk");
+        let devices = spec["linux"]["devices"].as_array().expect("a list");
+        assert_eq!((devices.len(), &devices[0]["path"], &devices[0]["minor"]), (1, &json!("/dev/volume"), &json!(0)));
+        assert_eq!(spec["linux"]["resources"]["devices"][0]["access"], json!("rm"));
+        fs::remove_dir_all(function.join("disk")).expect("a directory");
+        fs::write(function.join("class"), "0x020000\n").expect("a file");
+        let text = places.admit(&mut spec, &device).await.expect_err("no disk").to_string();
+        assert!(text.contains("0000:00:05.0 is no disk"), "{text}");
+    }
+
+    #[tokio::test]
     async fn a_driver_that_makes_no_nodes_is_waited_for_only_where_it_should() {
         let (root, function) = sysfs(false);
         let device = PciDevice { address: "0000:00:05.0".to_owned(), ..Default::default() };
         assert!(makes_nodes(&function).expect("a class"));
         fs::write(function.join("class"), "0x020000\n").expect("a file");
-        assert!(places(root.path()).nodes_of(&device).await.expect("none").is_empty());
+        assert!(places(root.path()).nodes_of(&device.address).await.expect("none").is_empty());
         // No driver: nobody will make any.
         fs::write(function.join("class"), "0x030200\n").expect("a file");
         fs::remove_file(function.join("driver")).expect("a link");
-        assert!(places(root.path()).nodes_of(&device).await.expect("none").is_empty());
+        assert!(places(root.path()).nodes_of(&device.address).await.expect("none").is_empty());
     }
 }

@@ -17,6 +17,7 @@ pub mod machine;
 pub mod network;
 pub mod paths;
 pub mod pod;
+pub mod root_disk;
 pub mod sizing;
 pub mod spec;
 pub mod start;

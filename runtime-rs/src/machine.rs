@@ -9,7 +9,7 @@ use std::time::Duration;
 use config::Config;
 use dragonball::manage::Manager;
 use dragonball::{
-    ConsoleOutput, DeviceConfig, FsConfig, MachineConfig, NetConfig, PmemConfig, VfioConfig, VsockConfig,
+    ConsoleOutput, DeviceConfig, DiskConfig, FsConfig, MachineConfig, NetConfig, PmemConfig, VfioConfig, VsockConfig,
 };
 
 use crate::host::share;
@@ -60,18 +60,18 @@ pub trait Hardware: Send + Sync {
     ///
     /// [`ChangeError`].
     fn resize_memory(&self, bytes: u64, deadline: Duration) -> Result<u64, ChangeError>;
-    /// Gives a device of the host to the guest; answers its address on the guest's PCI bus.
+    /// Gives a device of the host to the guest: a driver has a disk then.
     ///
     /// # Errors
     ///
     /// [`ChangeError`]; the guest does not have it then.
-    fn add_device(&self, path: &Path, deadline: Duration) -> Result<String, ChangeError>;
-    /// Takes a device back that was given by [`Self::add_device`].
+    fn add_device(&self, device: &HostDevice, deadline: Duration) -> Result<Plugged, ChangeError>;
+    /// Takes a device of this name back that was given by [`Self::add_device`].
     ///
     /// # Errors
     ///
     /// [`ChangeError`]; the guest goes on having it then.
-    fn remove_device(&self, path: &Path, deadline: Duration) -> Result<(), ChangeError>;
+    fn remove_device(&self, name: &str, deadline: Duration) -> Result<(), ChangeError>;
     /// Gives the guest a network card of this name, which no other device has: a driver of the guest has it then.
     ///
     /// # Errors
@@ -84,12 +84,61 @@ pub trait Hardware: Send + Sync {
     ///
     /// [`ChangeError`]; the guest goes on having it then.
     fn remove_card(&self, name: &str, deadline: Duration) -> Result<(), ChangeError>;
-    /// The addresses, on the guest's PCI bus, of the devices of the host that the machine was started with, in their order.
+    /// The addresses, on the guest's PCI bus, of the devices of the host that the machine was started with.
     ///
     /// # Errors
     ///
     /// [`ChangeError::Ended`].
-    fn first_devices(&self) -> Result<Vec<String>, ChangeError>;
+    fn first_devices(&self) -> Result<FirstDevices, ChangeError>;
+}
+
+/// A device of the host for a guest.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum HostDevice {
+    /// The PCI functions of a group, by their file of VFIO.
+    Group(PathBuf),
+    /// A block device, or a file that is one for the guest.
+    Disk {
+        /// Its path.
+        path: PathBuf,
+        /// Whether the guest's writes are refused.
+        read_only: bool,
+    },
+}
+
+impl HostDevice {
+    /// What it is on the host; one path is one device.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        match self {
+            Self::Group(path) | Self::Disk { path, .. } => path,
+        }
+    }
+
+    fn config(&self) -> DeviceConfig {
+        match self {
+            Self::Group(path) => DeviceConfig::Vfio(vfio(path)),
+            Self::Disk { path, read_only } => DeviceConfig::Blk(disk(path, *read_only)),
+        }
+    }
+}
+
+/// A device that was given to a running machine.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Plugged {
+    /// What the machine calls it.
+    pub name: String,
+    /// On the guest's PCI bus.
+    pub address: String,
+}
+
+/// Addresses of the devices that a machine was started with: of each kind, in the order of its plan.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct FirstDevices {
+    /// Those of [`HostDevice::Group`].
+    pub groups: Vec<String>,
+    /// Those of [`HostDevice::Disk`].
+    pub disks: Vec<String>,
 }
 
 /// What the configuration, the annotations, the limits and the devices of a sandbox decide.
@@ -102,7 +151,7 @@ pub struct Blueprint {
     /// The pod's network.
     pub network: Network,
     /// Devices of the host that the machine starts with.
-    pub devices: Vec<PathBuf>,
+    pub devices: Vec<HostDevice>,
     /// Whether more of them, or network cards, may come.
     pub devices_can_come: bool,
     /// The guest's host name.
@@ -126,8 +175,8 @@ pub struct Plan {
     pub size: Range,
     /// Whether guest memory is in huge pages from the start.
     pub huge_pages: bool,
-    /// Devices of the host, by their files of VFIO.
-    pub devices: Vec<PathBuf>,
+    /// Devices of the host.
+    pub devices: Vec<HostDevice>,
     /// Whether devices of the host and network cards can come later.
     pub devices_can_come: bool,
     /// Network cards.
@@ -211,7 +260,12 @@ impl Launcher for Dragonball {
         config.vcpus = boot.vcpus;
         config.vcpus_max = Some(max.vcpus);
         config.hot_plug = plan.size.vcpus_can_come() || plan.devices_can_come;
-        config.vfio = plan.devices.iter().map(|path| vfio(path)).collect();
+        for device in &plan.devices {
+            match device {
+                HostDevice::Group(path) => config.vfio.push(vfio(path)),
+                HostDevice::Disk { path, read_only } => config.disks.push(disk(path, *read_only)),
+            }
+        }
         config.net.clone_from(&plan.cards);
         config.memory = boot.memory;
         config.memory_max = Some(max.memory);
@@ -240,6 +294,10 @@ fn vfio(path: &Path) -> VfioConfig {
     VfioConfig { path: path.to_owned(), clique: None, peer_to_peer: false }
 }
 
+fn disk(path: &Path, read_only: bool) -> DiskConfig {
+    DiskConfig { path: path.to_owned(), read_only }
+}
+
 impl Machine for dragonball::Vm {
     fn exit_event(&self) -> BorrowedFd<'_> {
         Self::exit_event(self)
@@ -266,8 +324,9 @@ impl Machine for dragonball::Vm {
     }
 }
 
-/// What dragonball calls devices of the host, and their names begin with where nobody named them.
+/// What dragonball calls devices, and their names begin with where nobody named them.
 const VFIO_KIND: &str = "vfio";
+const DISK_KIND: &str = "blk";
 
 impl Hardware for Manager {
     fn resize_vcpus(&self, count: u8, deadline: Duration) -> Result<u8, ChangeError> {
@@ -278,13 +337,13 @@ impl Hardware for Manager {
         Self::resize_memory(self, bytes, deadline).map(|size| size.present)
     }
 
-    fn add_device(&self, path: &Path, deadline: Duration) -> Result<String, ChangeError> {
-        let config = DeviceConfig::Vfio(vfio(path));
-        Self::add_device(self, Some(path.display().to_string()), &config, deadline).map(|info| info.address)
+    fn add_device(&self, device: &HostDevice, deadline: Duration) -> Result<Plugged, ChangeError> {
+        let added = Self::add_device(self, None, &device.config(), deadline)?;
+        Ok(Plugged { name: added.name, address: added.address })
     }
 
-    fn remove_device(&self, path: &Path, deadline: Duration) -> Result<(), ChangeError> {
-        Self::remove_device(self, &path.display().to_string(), deadline)
+    fn remove_device(&self, name: &str, deadline: Duration) -> Result<(), ChangeError> {
+        Self::remove_device(self, name, deadline)
     }
 
     fn add_card(&self, name: &str, card: &NetConfig, deadline: Duration) -> Result<(), ChangeError> {
@@ -295,11 +354,14 @@ impl Hardware for Manager {
         Self::remove_device(self, name, deadline)
     }
 
-    fn first_devices(&self) -> Result<Vec<String>, ChangeError> {
+    fn first_devices(&self) -> Result<FirstDevices, ChangeError> {
         let devices = self.info()?.devices;
         // By their slots, which they got in the order of the configuration.
-        let ours = devices.into_iter().filter(|device| device.kind == VFIO_KIND && device.name.starts_with(VFIO_KIND));
-        Ok(ours.map(|device| device.address).collect())
+        let of = |kind: &str| {
+            let ours = devices.iter().filter(|device| device.kind == kind && device.name.starts_with(kind));
+            ours.map(|device| device.address.clone()).collect()
+        };
+        Ok(FirstDevices { groups: of(VFIO_KIND), disks: of(DISK_KIND) })
     }
 }
 

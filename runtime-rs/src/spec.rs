@@ -445,7 +445,8 @@ fn device_in_guest(source: &Path) -> Result<Option<&'static str>, String> {
     let metadata = std::fs::metadata(source).map_err(|error| format!("{error}; create it on the host first"))?;
     if metadata.file_type().is_block_device() {
         return Err(
-            "a block device of the host is not in the virtual machine; mount it and bind the directory".to_owned()
+            "a block device cannot be bound; give it as a device of the container, or mount it and bind the directory"
+                .to_owned(),
         );
     }
     if metadata.file_type().is_char_device() {

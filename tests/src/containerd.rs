@@ -31,7 +31,6 @@ const CRI: &[&str] = &["io.containerd.grpc.v1.cri", "io.containerd.cri.v1.images
 const WITHOUT: &[&str] = &[
     "io.containerd.internal.v1.opt",
     "io.containerd.nri.v1.nri",
-    "io.containerd.snapshotter.v1.blockfile",
     "io.containerd.snapshotter.v1.btrfs",
     "io.containerd.snapshotter.v1.devmapper",
     "io.containerd.snapshotter.v1.zfs",
@@ -40,6 +39,10 @@ const WITHOUT: &[&str] = &[
 
 /// The runtime handler of this stack's pods that are made by the Sandbox API, where containerd knows it.
 pub const BY_SANDBOX_API: &str = "kata-sandbox-api";
+/// An empty file system in a file, of which the snapshotter `blockfile` makes the first layer of an image.
+const SCRATCH: &str = "scratch.ext4";
+/// Its size in MiB: enough for the small image.
+const SCRATCH_SIZE: u64 = 32;
 /// The image that holds a pod of a runtime without virtual machines.
 pub const PAUSE: &str = "docker.io/library/pause:latest";
 /// Where Debian has the plugins that make networks of pods (package containernetworking-plugins).
@@ -85,6 +88,7 @@ impl Containerd {
         ] {
             fs::write(&file, content).with_context(|| format!("Cannot write {}", file.display()))?;
         }
+        make_scratch(&directory.join(SCRATCH))?;
         if purpose == Purpose::Pods {
             // containerd's own, made with its first pod of the Sandbox API and never removed.
             let sandboxes = directory.join("state/io.containerd.sandbox.controller.v1.shim/k8s.io");
@@ -142,6 +146,15 @@ impl Containerd {
     pub fn log(&self) -> PathBuf {
         self.directory.join("log")
     }
+}
+
+/// Makes the scratch file of the snapshotter `blockfile`.
+fn make_scratch(file: &Path) -> Result<()> {
+    fs::File::create(file)?.set_len(SCRATCH_SIZE << 20)?;
+    let made = Command::new("mkfs.ext4").args(["-q", "-O", "^has_journal"]).arg(file).output();
+    let made = made.context("Cannot run mkfs.ext4")?;
+    ensure!(made.status.success(), "mkfs.ext4: {}", String::from_utf8_lossy(&made.stderr).trim());
+    Ok(())
 }
 
 fn config(directory: &Path) -> PathBuf {
@@ -222,11 +235,13 @@ fn configuration(directory: &Path, purpose: Purpose) -> String {
     let without =
         toml::Value::Array(without.into_iter().map(|plugin| toml::Value::String(plugin.to_owned())).collect());
     let (root, state, address) = (path("root"), path("state"), path("containerd.sock"));
-    let temp = path("temp");
+    let (temp, blocks, scratch) = (path("temp"), path("blocks"), path(SCRATCH));
     // Version 2 is read by 1.x and 2.x alike.
     format!(
         "version = 2\nroot = {root}\nstate = {state}\ntemp = {temp}\ndisabled_plugins = {without}\n\
-         [grpc]\naddress = {address}\n[debug]\nlevel = \"info\"\n[metrics]\naddress = \"\"\n{pods}"
+         [grpc]\naddress = {address}\n[debug]\nlevel = \"info\"\n[metrics]\naddress = \"\"\n\
+         [plugins.\"io.containerd.snapshotter.v1.blockfile\"]\nroot_path = {blocks}\nscratch_file = {scratch}\n\
+         fs_type = \"ext4\"\nmount_options = []\n{pods}"
     )
 }
 

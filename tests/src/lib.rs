@@ -18,6 +18,7 @@ pub mod guest_program;
 pub mod harness;
 pub mod kata_config;
 pub mod leftovers;
+pub mod loop_device;
 pub mod observe;
 pub mod pidfd;
 pub mod process;

@@ -1,7 +1,7 @@
 //! `Create`: the sandbox at the first container, then the container in it.
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use config::Config;
@@ -22,17 +22,18 @@ use super::follow::Follower;
 use super::process::Process;
 use super::sandbox::Sandbox;
 use super::stdio::{Names, Pumps};
-use super::{devices, forward, operations};
+use super::{forward, operations};
 use crate::error::Error;
 use crate::host::blocking;
 use crate::host::cgroup::PodCgroup;
 use crate::host::mount;
 use crate::host::share::{self, Share};
-use crate::machine::Blueprint;
+use crate::machine::{Blueprint, HostDevice};
 use crate::network::Network;
 use crate::paths;
+use crate::root_disk::RootDisk;
 use crate::sizing::{Demand, Host, Range};
-use crate::spec::{Bind, GuestSpec, NetworkPlace, Passed, Role, Spec};
+use crate::spec::{Bind, GuestSpec, NetworkPlace, Passed, Role, Spec, SpecError};
 
 /// Makes container `request.id`, and the sandbox if it is the first one.
 ///
@@ -90,34 +91,62 @@ struct Stored {
 struct Prepared {
     stored: Stored,
     limits: Demand,
-    devices: Vec<Passed>,
+    devices: Wanted,
     sandbox: Arc<Sandbox>,
+}
+
+/// The devices of the host that a container is to have.
+#[derive(Clone)]
+struct Wanted {
+    root: Option<RootDisk>,
+    passed: Vec<Passed>,
+}
+
+impl Wanted {
+    /// All of them.
+    fn all(&self) -> Vec<HostDevice> {
+        let root = self.root.iter().map(|root| root.device.clone());
+        root.chain(self.passed.iter().map(|passed| passed.device.clone())).collect()
+    }
+}
+
+/// What of them it has in the guest.
+struct Given {
+    rootfs: Mount,
+    devices: Vec<PciDevice>,
 }
 
 /// Prepares storage while the machine boots, if it does not run yet. Nothing for a sandbox container, which has no
 /// process of its own.
 async fn prepare(pod: &Arc<Pod>, request: &CreateTaskRequest) -> Result<Option<Prepared>, Error> {
     let bundle = PathBuf::from(&request.bundle);
-    let mut spec = blocking::run("bundle", move || Spec::read(&bundle)).await??;
-    let (role, limits, devices) = (spec.role(&request.id), spec.limits(), spec.devices());
+    let rootfs = request.rootfs.clone();
+    let read = blocking::run("bundle", move || {
+        let spec = Spec::read(&bundle)?;
+        let devices = Wanted { root: RootDisk::of(&rootfs), passed: spec.devices() };
+        Ok::<_, SpecError>((spec, devices))
+    });
+    let (mut spec, devices) = read.await??;
+    let (role, limits) = (spec.role(&request.id), spec.limits());
     if let Role::Member(_) = role {
         let sandbox = Arc::clone(pod.sandbox()?);
         if let Some(files) = pod.files.get() {
             spec.complete(&files.places());
         }
-        let stored = store(pod, request, spec).await?;
+        let stored = store(pod, request, spec, devices.root.is_none()).await?;
         return Ok(Some(Prepared { stored, limits, devices, sandbox }));
     }
     let named = containers::config_path(request.options.as_ref())?;
-    let first_devices = devices.iter().map(|device| device.path.clone()).collect();
     if let Role::Sandbox(_) = role {
         let blueprint = plan_sandbox(pod, &spec, named).await?;
-        boot(pod, &Blueprint { devices: first_devices, ..blueprint }).await?;
+        // Its root file system is nobody's: it has no process.
+        let passed = Wanted { root: None, ..devices };
+        boot(pod, &Blueprint { devices: passed.all(), ..blueprint }).await?;
         return Ok(None);
     }
     let blueprint = found(pod, &spec, Some(limits), named).await?;
-    let blueprint = Blueprint { devices: first_devices, ..blueprint };
-    match tokio::join!(store(pod, request, spec), boot(pod, &blueprint)) {
+    let blueprint = Blueprint { devices: devices.all(), ..blueprint };
+    match tokio::join!(store(pod, request, spec, devices.root.is_none()), boot(pod, &blueprint)) {
         (Ok(stored), Ok(sandbox)) => Ok(Some(Prepared { stored, limits, devices, sandbox })),
         (Ok(stored), Err(error)) => {
             containers::undo(pod, stored.effects).await;
@@ -132,8 +161,8 @@ pub(super) async fn plan_sandbox(pod: &Arc<Pod>, spec: &Spec, config: Option<Pat
     // Its members come later; the orchestrator may tell what they will need.
     let announced = Demand::of_sandbox(&spec.annotations());
     let mut blueprint = found(pod, spec, announced, config).await?;
-    // Only a pod of several containers gets one later than its machine.
-    blueprint.devices_can_come |= devices::may_be_asked_for();
+    // Nobody tells a pod of the volumes and devices that its containers will have.
+    blueprint.devices_can_come = true;
     // Those of a container alone are set when it is made.
     blueprint.sysctls = spec.sysctls();
     Ok(blueprint)
@@ -200,8 +229,9 @@ pub(super) async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Arc<Sa
     Ok(sandbox)
 }
 
-/// Mounts what the container has on the host, and rewrites its specification accordingly.
-async fn store(pod: &Arc<Pod>, request: &CreateTaskRequest, spec: Spec) -> Result<Stored, Error> {
+/// Mounts what the container has on the host, with or without its root file system, and rewrites its specification
+/// accordingly.
+async fn store(pod: &Arc<Pod>, request: &CreateTaskRequest, spec: Spec, with_root: bool) -> Result<Stored, Error> {
     let (pod, id, rootfs) = (Arc::clone(pod), request.id.clone(), request.rootfs.clone());
     blocking::run("store", move || {
         let root = spec.root();
@@ -209,7 +239,8 @@ async fn store(pod: &Arc<Pod>, request: &CreateTaskRequest, spec: Spec) -> Resul
         // Before the copies are made: what changes meanwhile is copied once more.
         let watches = Watches::of(&guest.binds)?;
         let mut share = Share::create(&pod.paths, &id, &pod.journal)?;
-        let mounted = mount_all(&mut share, &rootfs, &root, &guest.binds);
+        let root = if with_root { share.rootfs(&rootfs, &root) } else { Ok(()) };
+        let mounted = root.and_then(|()| bind_all(&mut share, &guest.binds));
         let effects = std::mem::take(&mut share.effects);
         if let Err(error) = mounted {
             for failure in pod.journal.undo_all(&effects) {
@@ -223,8 +254,7 @@ async fn store(pod: &Arc<Pod>, request: &CreateTaskRequest, spec: Spec) -> Resul
     .await?
 }
 
-fn mount_all(share: &mut Share<'_>, rootfs: &[Mount], root: &Path, binds: &[Bind]) -> Result<(), Error> {
-    share.rootfs(rootfs, root)?;
+fn bind_all(share: &mut Share<'_>, binds: &[Bind]) -> Result<(), Error> {
     binds.iter().try_for_each(|bind| share.bind(bind.number, &bind.source, bind.recursive))
 }
 
@@ -241,8 +271,8 @@ async fn make(pod: &Arc<Pod>, request: &CreateTaskRequest, prepared: Prepared) -
     let made = async {
         pod.gate.unless_closed(sandbox.resizer.hold(&request.id, limits)).await?;
         let made = async {
-            let devices = pod.gate.unless_closed(sandbox.devices.take(&request.id, &devices)).await?;
-            make_in_guest(pod, request, (guest, devices), &names, &sandbox).await
+            let given = pod.gate.unless_closed(give(&sandbox, &request.id, &devices)).await?;
+            make_in_guest(pod, request, (guest, given), &names, &sandbox).await
         };
         let made = made.await;
         if made.is_err() {
@@ -264,15 +294,35 @@ async fn make(pod: &Arc<Pod>, request: &CreateTaskRequest, prepared: Prepared) -
     }
 }
 
+/// Gives container `id` its devices.
+async fn give(sandbox: &Sandbox, id: &str, wanted: &Wanted) -> Result<Given, Error> {
+    let rootfs = match &wanted.root {
+        Some(root) => root.mount(id, &sandbox.devices.take(id, &root.device).await?),
+        None => shared_rootfs(id),
+    };
+    Ok(Given { rootfs, devices: sandbox.devices.take_all(id, &wanted.passed).await? })
+}
+
+/// The root file system that the host has mounted for container `id`, as the guest sees it.
+fn shared_rootfs(id: &str) -> Mount {
+    Mount {
+        type_: "bind".to_owned(),
+        source: format!("{SHARED_DIR}/{id}/rootfs"),
+        target: format!("{BUNDLES_DIR}/{id}/rootfs"),
+        options: vec!["rbind".to_owned()],
+        ..Mount::default()
+    }
+}
+
 async fn make_in_guest(
     pod: &Arc<Pod>,
     request: &CreateTaskRequest,
-    (guest, devices): (GuestSpec, Vec<PciDevice>),
+    (guest, given): (GuestSpec, Given),
     names: &Names,
     sandbox: &Sandbox,
 ) -> Result<Pumps, Error> {
     let (streams, pumps) = Pumps::start(names, &pod.streams, &pod.first_byte).await?;
-    let request = guest_request(&request.id, guest, devices, &streams)?;
+    let request = guest_request(&request.id, guest, given, &streams)?;
     let context = ttrpc::context::with_duration(sandbox.create_timeout);
     let created = async { sandbox.task.create(context, &request).await.map_err(|error| sandbox.explain(error)) };
     pod.gate.unless_closed(created).await?;
@@ -289,12 +339,8 @@ fn names(request: &CreateTaskRequest) -> Names {
 }
 
 /// The request as the agent takes it: paths of the guest, streams, and the rewritten specification.
-fn guest_request(
-    id: &str,
-    guest: GuestSpec,
-    devices: Vec<PciDevice>,
-    streams: &Names,
-) -> Result<CreateTaskRequest, Error> {
+fn guest_request(id: &str, guest: GuestSpec, given: Given, streams: &Names) -> Result<CreateTaskRequest, Error> {
+    let Given { rootfs, devices } = given;
     let GuestSpec { json: spec, sandbox_pidns, binds } = guest;
     // They are counted from 0 and bounded by the specification's size.
     let copies = binds.iter().filter(|bind| bind.copied).filter_map(|bind| u32::try_from(bind.number).ok()).collect();
@@ -303,13 +349,6 @@ fn guest_request(
         type_url: CONTAINER_OPTIONS_TYPE_URL.to_owned(),
         value: options.write_to_bytes().map_err(|error| Error::Invalid(error.to_string()))?,
         ..Any::default()
-    };
-    let rootfs = Mount {
-        type_: "bind".to_owned(),
-        source: format!("{SHARED_DIR}/{id}/rootfs"),
-        target: format!("{BUNDLES_DIR}/{id}/rootfs"),
-        options: vec!["rbind".to_owned()],
-        ..Mount::default()
     };
     Ok(CreateTaskRequest {
         id: id.to_owned(),

@@ -1,8 +1,11 @@
 //! The devices of the host that a sandbox's containers have.
 //!
 //! One that is known when the sandbox starts is in its machine from the start; one that comes with a later container is
-//! plugged, and unplugged when that container goes. They belong to the machine's process: whatever becomes of it, the
-//! kernel takes them back and leaves them bound to vfio-pci.
+//! plugged, and unplugged when the last container that has it goes. They belong to the machine's process: whatever becomes
+//! of it, the kernel takes them back, PCI functions still bound to vfio-pci.
+//!
+//! Functions belong to one container at a time. A disk may belong to several: they share the guest's one device, so that
+//! what one writes the others read.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -10,10 +13,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use protocols::agent::PciDevice;
+use tokio::sync::OnceCell;
 
 use crate::error::{Error, chain};
 use crate::host::blocking;
-use crate::machine::Hardware;
+use crate::machine::{FirstDevices, Hardware, HostDevice, Plugged};
 use crate::spec::Passed;
 
 /// How long the guest gets to let a device go.
@@ -29,12 +33,15 @@ pub struct Devices {
 /// A device in the machine, or on its way there.
 #[derive(Debug)]
 struct Held {
-    /// The container that has it.
-    owner: Option<String>,
-    /// On the guest's PCI bus; empty until it is there.
-    address: String,
+    device: HostDevice,
+    /// The containers that have it.
+    owners: Vec<String>,
+    /// Set once the guest has it; the first who wants to know plugs it.
+    place: Arc<OnceCell<Plugged>>,
     /// It was in the machine from the start, and stays there.
     first: bool,
+    /// It is being unplugged.
+    leaving: bool,
 }
 
 impl std::fmt::Debug for Devices {
@@ -49,13 +56,22 @@ impl Devices {
     /// # Errors
     ///
     /// [`Error::Change`] when the machine has ended meanwhile.
-    pub async fn start(hardware: Arc<dyn Hardware>, first: &[PathBuf], deadline: Duration) -> Result<Self, Error> {
+    pub async fn start(hardware: Arc<dyn Hardware>, first: &[HostDevice], deadline: Duration) -> Result<Self, Error> {
         let mut held = HashMap::new();
         if !first.is_empty() {
             let machine = Arc::clone(&hardware);
-            let addresses = blocking::run("devices", move || machine.first_devices()).await??;
-            let known = first.iter().cloned().zip(addresses);
-            held.extend(known.map(|(path, address)| (path, Held { owner: None, address, first: true })));
+            let FirstDevices { groups, disks } = blocking::run("devices", move || machine.first_devices()).await??;
+            let (mut groups, mut disks) = (groups.into_iter(), disks.into_iter());
+            for device in first {
+                let address = match device {
+                    HostDevice::Group(_) => groups.next(),
+                    HostDevice::Disk { .. } => disks.next(),
+                };
+                // Its name is of no use: it stays.
+                let place = address.map(|address| Plugged { name: String::new(), address });
+                let held_first = Held::new(device, OnceCell::new_with(place), true);
+                held.insert(device.path().to_owned(), held_first);
+            }
         }
         Ok(Self { hardware, deadline, held: Mutex::new(held) })
     }
@@ -64,94 +80,104 @@ impl Devices {
     ///
     /// # Errors
     ///
-    /// [`Error::State`] for a device that another container has, [`Error::Change`] for one that the guest does not get.
-    /// Those before it stay the container's until they are given back.
-    pub async fn take(&self, owner: &str, devices: &[Passed]) -> Result<Vec<PciDevice>, Error> {
+    /// As [`Self::take`]. Those before it stay the container's until they are given back.
+    pub async fn take_all(&self, owner: &str, devices: &[Passed]) -> Result<Vec<PciDevice>, Error> {
         let mut taken = Vec::new();
-        for device in devices {
-            let address = match self.claim(owner, &device.path)? {
-                Some(address) => address,
-                None => self.plug(&device.path).await?,
-            };
+        for passed in devices {
             taken.push(PciDevice {
-                address,
-                file_mode: device.file_mode,
-                uid: device.uid,
-                gid: device.gid,
+                address: self.take(owner, &passed.device).await?,
+                file_mode: passed.file_mode,
+                uid: passed.uid,
+                gid: passed.gid,
+                node: passed.node.clone(),
+                read_only: passed.is_read_only(),
                 ..PciDevice::default()
             });
         }
         Ok(taken)
     }
 
-    /// The address of a device that the machine has; nothing for one that is to be plugged.
-    fn claim(&self, owner: &str, path: &Path) -> Result<Option<String>, Error> {
-        let mut held = self.held();
-        let Some(device) = held.get_mut(path) else {
-            let device = Held { owner: Some(owner.to_owned()), address: String::new(), first: false };
-            held.insert(path.to_owned(), device);
-            return Ok(None);
-        };
-        if let Some(other) = &device.owner {
-            let text = format!("device {} belongs to container {other}; delete that one first", path.display());
-            return Err(Error::State(text));
-        }
-        device.owner = Some(owner.to_owned());
-        Ok(Some(device.address.clone()))
-    }
-
-    async fn plug(&self, path: &Path) -> Result<String, Error> {
-        let (hardware, deadline, plugged) = (Arc::clone(&self.hardware), self.deadline, path.to_owned());
-        let added = blocking::run("plug", move || hardware.add_device(&plugged, deadline)).await;
-        let mut held = self.held();
-        match added.and_then(|added| added.map_err(Error::from)) {
-            Ok(address) => {
-                if let Some(device) = held.get_mut(path) {
-                    device.address.clone_from(&address);
-                }
-                tracing::info!(device = %path.display(), address, "the guest has a device of the host");
-                Ok(address)
-            }
+    /// Gives container `owner` this device, and answers its address on the guest's PCI bus.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::State`] for a device that another container has and cannot be shared, [`Error::Change`] for one that the
+    /// guest does not get.
+    pub async fn take(&self, owner: &str, device: &HostDevice) -> Result<String, Error> {
+        let place = self.claim(owner, device)?;
+        let plugged = place.get_or_try_init(|| self.plug(device)).await;
+        match plugged {
+            Ok(plugged) => Ok(plugged.address.clone()),
             Err(error) => {
-                held.remove(path);
+                self.forget(owner, device.path());
                 Err(error)
             }
         }
     }
 
-    /// Takes a container's devices from it, and those that came for it from the machine. One that the guest does not let
-    /// go stays, for the next container that asks for it.
+    /// Makes `owner` one of a device's owners, and answers where it is, or will be.
+    fn claim(&self, owner: &str, device: &HostDevice) -> Result<Arc<OnceCell<Plugged>>, Error> {
+        let mut held = self.held();
+        let entry = held.entry(device.path().to_owned());
+        let entry = entry.or_insert_with(|| Held::new(device, OnceCell::new(), false));
+        if let Some(problem) = entry.problem(device) {
+            return Err(Error::State(format!("device {} {problem}", device.path().display())));
+        }
+        if !entry.owners.iter().any(|other| other == owner) {
+            entry.owners.push(owner.to_owned());
+        }
+        Ok(Arc::clone(&entry.place))
+    }
+
+    async fn plug(&self, device: &HostDevice) -> Result<Plugged, Error> {
+        let (hardware, deadline, added) = (Arc::clone(&self.hardware), self.deadline, device.clone());
+        let plugged = blocking::run("plug", move || hardware.add_device(&added, deadline)).await??;
+        tracing::info!(device = %device.path().display(), plugged.address, "the guest has a device of the host");
+        Ok(plugged)
+    }
+
+    /// Takes a device that could not be plugged from a container.
+    fn forget(&self, owner: &str, path: &Path) {
+        let mut held = self.held();
+        if let Some(device) = held.get_mut(path) {
+            device.owners.retain(|other| other != owner);
+            if device.owners.is_empty() {
+                held.remove(path);
+            }
+        }
+    }
+
+    /// Takes a container's devices from it, and those that came for it and are nobody else's from the machine. One that the
+    /// guest does not let go stays, for the next container that asks for it.
     pub async fn give_back(&self, owner: &str) {
-        for path in self.disown(owner) {
-            let (hardware, unplugged) = (Arc::clone(&self.hardware), path.clone());
-            let removed = blocking::run("unplug", move || hardware.remove_device(&unplugged, REMOVE_DEADLINE)).await;
+        for (path, name) in self.disown(owner) {
+            let hardware = Arc::clone(&self.hardware);
+            let removed = blocking::run("unplug", move || hardware.remove_device(&name, REMOVE_DEADLINE)).await;
             match removed.and_then(|removed| removed.map_err(Error::from)) {
                 Ok(()) => drop(self.held().remove(&path)),
                 Err(error) => {
                     tracing::warn!(device = %path.display(), error = %chain(&error), "a device stays in the guest");
-                    self.free(&path);
+                    if let Some(device) = self.held().get_mut(&path) {
+                        device.leaving = false;
+                    }
                 }
             }
         }
     }
 
-    /// Frees those that stay, and answers those that are to go; they are the container's until they have.
-    fn disown(&self, owner: &str) -> Vec<PathBuf> {
+    /// Frees those that stay, and answers those that are to go, with what the machine calls them.
+    fn disown(&self, owner: &str) -> Vec<(PathBuf, String)> {
         let mut leaving = Vec::new();
-        for (path, device) in self.held().iter_mut().filter(|(_, device)| device.owner.as_deref() == Some(owner)) {
-            if device.first {
-                device.owner = None;
-            } else {
-                leaving.push(path.clone());
+        for (path, device) in self.held().iter_mut() {
+            let before = device.owners.len();
+            device.owners.retain(|other| other != owner);
+            let was_the_last = device.owners.len() < before && device.owners.is_empty();
+            if let (true, false, Some(plugged)) = (was_the_last, device.first, device.place.get()) {
+                device.leaving = true;
+                leaving.push((path.clone(), plugged.name.clone()));
             }
         }
         leaving
-    }
-
-    fn free(&self, path: &Path) {
-        if let Some(device) = self.held().get_mut(path) {
-            device.owner = None;
-        }
     }
 
     fn held(&self) -> MutexGuard<'_, HashMap<PathBuf, Held>> {
@@ -159,12 +185,27 @@ impl Devices {
     }
 }
 
-/// Whether this host has devices that a container could ask for: where it has none, no machine is made to take any.
-#[must_use]
-pub fn may_be_asked_for() -> bool {
-    let files = |directory: &str| std::fs::read_dir(directory).into_iter().flatten().flatten();
-    let is_group = |name: std::ffi::OsString| name.to_str().is_some_and(|name| name.parse::<u32>().is_ok());
-    files("/dev/vfio").any(|file| is_group(file.file_name())) || files("/dev/vfio/devices").next().is_some()
+impl Held {
+    fn new(device: &HostDevice, place: OnceCell<Plugged>, first: bool) -> Self {
+        let (device, place) = (device.clone(), Arc::new(place));
+        Self { device, owners: Vec::new(), place, first, leaving: false }
+    }
+
+    /// Why a container cannot have it as `wanted`.
+    fn problem(&self, wanted: &HostDevice) -> Option<String> {
+        if self.leaving {
+            return Some("is being taken from the guest; try again".to_owned());
+        }
+        match (&self.device, wanted, self.owners.first()) {
+            (HostDevice::Group(_), _, Some(other)) => {
+                Some(format!("belongs to container {other}; delete that one first"))
+            }
+            (HostDevice::Disk { read_only: true, .. }, HostDevice::Disk { read_only: false, .. }, _) => Some(
+                "is in the guest for reading only; give it for writing to the container that is made first".to_owned(),
+            ),
+            _ => None,
+        }
+    }
 }
 
 #[cfg(test)]
@@ -198,13 +239,17 @@ mod tests {
             Ok(bytes)
         }
 
-        fn add_device(&self, path: &Path, deadline: Duration) -> Result<String, ChangeError> {
-            self.log(format!("add {}", path.display()));
-            if path.ends_with("refused") { Err(ChangeError::Unseen(deadline)) } else { Ok("0000:00:07.0".to_owned()) }
+        fn add_device(&self, device: &HostDevice, deadline: Duration) -> Result<Plugged, ChangeError> {
+            let name = device.path().display().to_string();
+            self.log(format!("add {name}"));
+            if name.ends_with("refused") {
+                return Err(ChangeError::Unseen(deadline));
+            }
+            Ok(Plugged { name, address: "0000:00:07.0".to_owned() })
         }
 
-        fn remove_device(&self, path: &Path, deadline: Duration) -> Result<(), ChangeError> {
-            self.log(format!("remove {}", path.display()));
+        fn remove_device(&self, name: &str, deadline: Duration) -> Result<(), ChangeError> {
+            self.log(format!("remove {name}"));
             if *self.in_use.lock().unwrap() { Err(ChangeError::InUse(deadline)) } else { Ok(()) }
         }
 
@@ -216,25 +261,35 @@ mod tests {
             Err(ChangeError::NotFound(name.to_owned()))
         }
 
-        fn first_devices(&self) -> Result<Vec<String>, ChangeError> {
-            Ok(vec!["0000:00:05.0".to_owned()])
+        fn first_devices(&self) -> Result<FirstDevices, ChangeError> {
+            Ok(FirstDevices { groups: vec!["0000:00:05.0".to_owned()], disks: vec!["0000:00:04.0".to_owned()] })
         }
     }
 
     async fn devices(first: &[&str]) -> (Arc<Fake>, Devices) {
         let fake = Arc::new(Fake::default());
-        let first: Vec<PathBuf> = first.iter().map(PathBuf::from).collect();
+        let first: Vec<HostDevice> = first.iter().map(|path| device(path, true)).collect();
         let hardware = Arc::clone(&fake) as Arc<dyn Hardware>;
         (fake, Devices::start(hardware, &first, Duration::from_secs(1)).await.unwrap())
     }
 
-    fn passed(path: &str) -> Passed {
-        Passed { path: PathBuf::from(path), file_mode: Some(0o600), uid: None, gid: None }
+    /// A group, or a disk by its name.
+    fn device(path: &str, read_only: bool) -> HostDevice {
+        let path = PathBuf::from(path);
+        if path.starts_with("/dev/vfio") { HostDevice::Group(path) } else { HostDevice::Disk { path, read_only } }
     }
 
     async fn addresses(devices: &Devices, owner: &str, paths: &[&str]) -> Result<Vec<String>, Error> {
-        let passed: Vec<Passed> = paths.iter().map(|path| passed(path)).collect();
-        Ok(devices.take(owner, &passed).await?.into_iter().map(|device| device.address).collect())
+        let node = String::new();
+        let passed = |path: &&str| Passed {
+            device: device(path, true),
+            file_mode: None,
+            uid: None,
+            gid: None,
+            node: node.clone(),
+        };
+        let passed: Vec<Passed> = paths.iter().map(passed).collect();
+        Ok(devices.take_all(owner, &passed).await?.into_iter().map(|device| device.address).collect())
     }
 
     #[tokio::test]
@@ -283,5 +338,28 @@ mod tests {
         assert!(fake.take_log().is_empty());
         devices.give_back("b").await;
         assert_eq!(fake.take_log(), ["remove /dev/vfio/2"]);
+    }
+
+    #[tokio::test]
+    async fn a_disk_is_shared_and_goes_with_the_last_of_its_containers() {
+        let (fake, devices) = devices(&[]).await;
+        let (writable, readable) = (device("/dev/sdb", false), device("/dev/sdb", true));
+        let both = tokio::join!(devices.take("a", &writable), devices.take("b", &readable));
+        assert_eq!((both.0.unwrap(), both.1.unwrap()), ("0000:00:07.0".to_owned(), "0000:00:07.0".to_owned()));
+        devices.give_back("a").await;
+        assert_eq!(fake.take_log(), ["add /dev/sdb"]);
+        devices.give_back("b").await;
+        assert_eq!(fake.take_log(), ["remove /dev/sdb"]);
+    }
+
+    #[tokio::test]
+    async fn a_disk_that_is_there_for_reading_is_not_given_for_writing() {
+        let (fake, devices) = devices(&["/dev/vfio/1", "/dev/sda"]).await;
+        assert_eq!(devices.take("a", &device("/dev/sda", true)).await.unwrap(), "0000:00:04.0");
+        let text = devices.take("b", &device("/dev/sda", false)).await.unwrap_err().to_string();
+        assert!(text.contains("/dev/sda is in the guest for reading only"), "{text}");
+        devices.give_back("b").await;
+        devices.give_back("a").await;
+        assert!(fake.take_log().is_empty());
     }
 }

@@ -28,7 +28,9 @@ use protocols::containerd::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, P
 use protocols::containerd::shim_async::{Task, create_task};
 use protocols::containerd::ttrpc;
 use protocols::{AGENT_PORT, SHARED_DIR, STREAM_PORT};
-use runtime_rs::machine::{ChangeError, ExitReason, Hardware, LaunchError, Launcher, Machine, Plan};
+use runtime_rs::machine::{
+    ChangeError, ExitReason, FirstDevices, Hardware, HostDevice, LaunchError, Launcher, Machine, Plan, Plugged,
+};
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::watch;
@@ -121,13 +123,13 @@ impl Hardware for FakeHardware {
         Ok(bytes)
     }
 
-    fn add_device(&self, path: &Path, deadline: Duration) -> Result<String, ChangeError> {
-        tell(&format!("add {}", path.display()));
+    fn add_device(&self, device: &HostDevice, deadline: Duration) -> Result<Plugged, ChangeError> {
+        tell(&format!("add {}", device.path().display()));
         Err(ChangeError::Unseen(deadline))
     }
 
-    fn remove_device(&self, path: &Path, _: Duration) -> Result<(), ChangeError> {
-        tell(&format!("remove {}", path.display()));
+    fn remove_device(&self, name: &str, _: Duration) -> Result<(), ChangeError> {
+        tell(&format!("remove {name}"));
         Ok(())
     }
 
@@ -142,8 +144,8 @@ impl Hardware for FakeHardware {
         Ok(())
     }
 
-    fn first_devices(&self) -> Result<Vec<String>, ChangeError> {
-        Ok(Vec::new())
+    fn first_devices(&self) -> Result<FirstDevices, ChangeError> {
+        Ok(FirstDevices::default())
     }
 }
 

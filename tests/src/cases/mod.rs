@@ -5,6 +5,7 @@ mod bad_input;
 mod crash;
 mod cri;
 pub mod devices;
+mod disks;
 mod docker;
 mod exec;
 mod exit;
@@ -46,6 +47,7 @@ pub fn all() -> Vec<Case> {
         sizes::CASES,
         network::CASES,
         storage::CASES,
+        disks::CASES,
         cri::security::CASES,
         cri::volumes::CASES,
         leftover::CASES,

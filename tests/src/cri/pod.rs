@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result, ensure};
 use k8s_cri::v1::{
     ContainerConfig, ContainerMetadata, ContainerState, ContainerStatsRequest, ContainerStatus, ContainerStatusRequest,
-    CreateContainerRequest, DnsConfig, ExecSyncRequest, ExecSyncResponse, ImageSpec, LinuxContainerConfig,
+    CreateContainerRequest, Device, DnsConfig, ExecSyncRequest, ExecSyncResponse, ImageSpec, LinuxContainerConfig,
     LinuxContainerResources, LinuxContainerSecurityContext, LinuxPodSandboxConfig, LinuxSandboxSecurityContext, Mount,
     NamespaceOption, PodSandboxConfig, PodSandboxMetadata, PodSandboxState, PodSandboxStatsRequest, PodSandboxStatus,
     PodSandboxStatusRequest, RemoveContainerRequest, RemovePodSandboxRequest, RunPodSandboxRequest,
@@ -117,6 +117,17 @@ impl ContainerSpec {
             host_path: source.display().to_string(),
             readonly,
             ..Mount::default()
+        });
+        self
+    }
+
+    /// The same with the host's device at `target`; `permissions` as `rwm`.
+    #[must_use]
+    pub fn with_device(mut self, device: &Path, target: &str, permissions: &str) -> Self {
+        self.config.devices.push(Device {
+            container_path: target.to_owned(),
+            host_path: device.display().to_string(),
+            permissions: permissions.to_owned(),
         });
         self
     }
