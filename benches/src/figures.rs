@@ -98,9 +98,9 @@ impl Group {
     pub fn is_measured_in(self, clock: Clock) -> bool {
         match self {
             Self::Boot | Self::Containers => true,
-            Self::Kernel | Self::Memory => clock == Clock::Virtual,
+            Self::Kernel | Self::Memory | Self::HotPlug => clock == Clock::Virtual,
             // Virtual time runs away from a machine that idles, and one CPU hides what several do at once.
-            Self::Block | Self::Net | Self::HotPlug | Self::Idle | Self::Vfio | Self::Iommufd => clock == Clock::Wall,
+            Self::Block | Self::Net | Self::Idle | Self::Vfio | Self::Iommufd => clock == Clock::Wall,
         }
     }
 
@@ -123,8 +123,9 @@ impl Group {
     /// When it does not start.
     pub fn site(self, clock: Clock, dist: &Path) -> Result<Site> {
         match self {
-            // A guest whose devices come and go would meet the fault of virtualization that this machine mends.
-            Self::Vfio | Self::HotPlug => Site::with_gpu(Kernel::Debian, dist),
+            // A guest whose devices come and go would meet the fault of virtualization.
+            Self::HotPlug => Ok(Site::new(clock, dist)?.mended()),
+            Self::Vfio => Site::with_gpu(Kernel::Debian, dist),
             Self::Iommufd => Site::with_gpu(Kernel::Iommufd, dist),
             _ => Site::new(clock, dist),
         }
