@@ -46,6 +46,8 @@ pub enum Group {
     Memory,
     /// Containers through containerd
     Containers,
+    /// Pods through containerd's CRI
+    Pods,
     /// Throughput and latency of disks
     Block,
     /// Throughput and latency of network cards
@@ -62,11 +64,12 @@ pub enum Group {
 
 impl Group {
     /// All groups, in the order of the report.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Boot,
         Self::Kernel,
         Self::Memory,
         Self::Containers,
+        Self::Pods,
         Self::Block,
         Self::Net,
         Self::HotPlug,
@@ -83,6 +86,7 @@ impl Group {
             Self::Kernel => "the kernel",
             Self::Memory => "memory",
             Self::Containers => "containers",
+            Self::Pods => "pods",
             Self::Block => "disks",
             Self::Net => "network cards",
             Self::HotPlug => "hot-plug",
@@ -98,7 +102,7 @@ impl Group {
     pub fn is_measured_in(self, clock: Clock) -> bool {
         match self {
             Self::Boot | Self::Containers => true,
-            Self::Kernel | Self::Memory | Self::HotPlug => clock == Clock::Virtual,
+            Self::Kernel | Self::Memory | Self::Pods | Self::HotPlug => clock == Clock::Virtual,
             // Virtual time runs away from a machine that idles, and one CPU hides what several do at once.
             Self::Block | Self::Net | Self::Idle | Self::Vfio | Self::Iommufd => clock == Clock::Wall,
         }
@@ -123,8 +127,8 @@ impl Group {
     /// When it does not start.
     pub fn site(self, clock: Clock, dist: &Path) -> Result<Site> {
         match self {
-            // A guest whose devices come and go would meet the fault of virtualization.
-            Self::HotPlug => Ok(Site::new(clock, dist)?.mended()),
+            // Guests whose devices come and go, and many guests, would meet the fault of virtualization.
+            Self::HotPlug | Self::Pods => Ok(Site::new(clock, dist)?.mended()),
             Self::Vfio => Site::with_gpu(Kernel::Debian, dist),
             Self::Iommufd => Site::with_gpu(Kernel::Iommufd, dist),
             _ => Site::new(clock, dist),
@@ -141,6 +145,7 @@ impl Group {
             Self::Kernel => kernels(site, inputs, report),
             Self::Memory => memory(site, inputs, report),
             Self::Containers => containers(site, clock, inputs, report),
+            Self::Pods => pods(site, clock, inputs, report),
             Self::Block => devices::block(site, inputs, report),
             Self::Net => devices::net(site, inputs, report),
             Self::HotPlug => devices::hot_plug(site, inputs, report),
@@ -271,6 +276,27 @@ fn containers(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -
         let guest = sample(&samples, "pod guest", KIB_PER_MB)?;
         report.figures.push(Figure::new("Pods", "guest RAM touched by an idle pod, 10 pods", "MB", &guest));
         report.notes.push(causes(&samples, &kernel(&inputs.dist))?);
+    }
+    Ok(())
+}
+
+/// How often many pods are made at once.
+const CROWDS: &str = "3";
+
+fn pods(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -> Result<()> {
+    let provide = |name: &str| site.provide(&inputs.images.join(name), name);
+    let (pause, busybox) = (provide("pause.tar")?, provide("busybox.tar")?);
+    let (rounds, limit) = (inputs.rounds.to_string(), clock.boot_limit().to_string());
+    let archives = ["pods", "--archive", &pause, "--archive", &busybox];
+    let numbers = ["--rounds", &rounds, "--crowds", CROWDS, "--limit", &limit];
+    let samples = site.measure(&[&archives[..], &numbers].concat())?;
+    for (suffix, what, goal) in [
+        ("pod", "a pod until its container's first byte", 2.0),
+        ("crowd", "20 pods at once, until the last one's", 2.5),
+    ] {
+        let [own, peer] = ["kata", "runc"].map(|handler| sample(&samples, &format!("{handler} {suffix}"), 1.0));
+        let names = ["kata", "runc"].map(|handler| format!("{handler}: {what}"));
+        compare(report, "Pods by the CRI, virtual time", [&names[0], &names[1]], [&own?, &peer?], goal);
     }
     Ok(())
 }

@@ -11,7 +11,7 @@ use benches::guest;
 use benches::measure::boot::Contender;
 use benches::measure::machine::Parts;
 use benches::measure::vmm::Vmm;
-use benches::measure::{Samples, block, boot, containers, hot_plug, idle, memory, net};
+use benches::measure::{Samples, block, boot, containers, hot_plug, idle, memory, net, pods};
 use benches::report::{Report, round};
 use benches::site::{Clock, Site};
 use benches::tools;
@@ -123,6 +123,20 @@ enum Measure {
         #[arg(long)]
         image: PathBuf,
     },
+    /// Pods by the CRI
+    Pods {
+        /// Archives of the images of pods and of their containers
+        #[arg(long, required = true)]
+        archive: Vec<PathBuf>,
+        #[arg(long)]
+        rounds: usize,
+        /// How often many are made at once
+        #[arg(long)]
+        crowds: usize,
+        /// Seconds that a guest may take
+        #[arg(long)]
+        limit: u16,
+    },
     /// Containers and pods
     Containers {
         #[arg(long)]
@@ -212,6 +226,11 @@ fn take_samples(measure: Measure) -> Result<()> {
             samples.extend(hot_plug::measure_host_device(guests.parts(), &address, guests.rounds)?);
         }
         Measure::Idle { kernel, image } => samples.extend(idle::measure(&kernel, &image)?),
+        Measure::Pods { archive, rounds, crowds, limit } => {
+            containers::configure(limit)?;
+            let archives: Vec<&Path> = archive.iter().map(PathBuf::as_path).collect();
+            samples.extend(pods::measure(&archives, rounds, crowds)?);
+        }
         Measure::Containers { archive, rounds, limit } => {
             containers::configure(limit)?;
             let image = containers::import(&archive)?;

@@ -13,6 +13,12 @@ use crate::spec::NetworkPlace;
 /// Name of the taps in the pod's namespace; the kernel counts them.
 const TAP_PATTERN: &str = "tap%d_kata";
 
+/// Whether an interface is one of these.
+fn is_tap(name: &str) -> bool {
+    let between = TAP_PATTERN.split_once("%d").and_then(|(start, end)| name.strip_prefix(start)?.strip_suffix(end));
+    between.is_some_and(|number| !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit()))
+}
+
 /// What machine and guest get.
 #[derive(Debug, Clone, Default)]
 pub struct Network {
@@ -46,7 +52,7 @@ impl Network {
     ///
     /// # Errors
     ///
-    /// [`Error::Network`], [`Error::Interface`], [`Error::Journal`].
+    /// [`Error::Network`], [`Error::Interface`], [`Error::Journal`]; [`Error::State`] for another machine's namespace.
     pub fn join(place: &NetworkPlace, journal: &Journal) -> Result<Self, Error> {
         let path = match place {
             NetworkPlace::Own => return Ok(Self { own: true, ..Self::default() }),
@@ -58,6 +64,14 @@ impl Network {
         };
         let mut namespace = Namespace::open(path)?;
         let scan = namespace.scan()?;
+        // A tap goes with its machine: there is one that lives.
+        if scan.interfaces.iter().any(|interface| is_tap(&interface.name)) {
+            return Err(Error::State(format!(
+                "{} is the network of another virtual machine, which cannot be shared (docker's `--network container:…`): \
+                 make both containers in one pod, or give this one a network of its own",
+                path.display()
+            )));
+        }
         let mut cards = Vec::new();
         for interface in &scan.interfaces {
             cards.push(join(&mut namespace, interface, journal)?.card);
@@ -146,6 +160,14 @@ pub(crate) fn mac_text(bytes: [u8; 6]) -> String {
 
 #[cfg(test)]
 mod tests {
+    #[test]
+    fn taps_are_known_by_their_names() {
+        for (name, known) in [("tap0_kata", true), ("tap12_kata", true), ("tap_kata", false), ("tapx_kata", false)] {
+            assert_eq!(super::is_tap(name), known, "{name}");
+        }
+        assert!(!super::is_tap("eth0") && !super::is_tap("tap0"));
+    }
+
     use network::{Neighbour, Route};
 
     use super::*;

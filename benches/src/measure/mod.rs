@@ -9,6 +9,7 @@ mod lines;
 pub mod machine;
 pub mod memory;
 pub mod net;
+pub mod pods;
 mod qmp;
 pub mod smaps;
 pub mod trace;

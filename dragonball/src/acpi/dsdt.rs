@@ -30,7 +30,9 @@ pub(super) fn build(hardware: &Hardware) -> Vec<u8> {
         }
     }
     if hardware.hot_plug {
-        hotplug::build(&mut aml, SLOTS, hardware.vcpus, hardware.vcpus_max);
+        let changing = hardware.pci.map_or(0, |pci| pci.changing);
+        let slots: Vec<u8> = SLOTS.filter(|slot| changing & 1 << slot != 0).collect();
+        hotplug::build(&mut aml, &slots, hardware.vcpus, hardware.vcpus_max);
     }
     panic_device(&mut aml);
     if hardware.uart {

@@ -42,8 +42,8 @@ fn with_all(children: &[Made]) -> Vec<&dyn Aml> {
     children.iter().map(|child| child as &dyn Aml).collect()
 }
 
-/// Everything for hot-plug: slots of the PCI bus where there is one, and as many vCPUs as there may ever be.
-pub(super) fn build(sink: &mut dyn AmlSink, slots: std::ops::Range<u8>, vcpus: u8, vcpus_max: u8) {
+/// Everything for hot-plug: `slots` of the PCI bus, and as many vCPUs as there may ever be.
+pub(super) fn build(sink: &mut dyn AmlSink, slots: &[u8], vcpus: u8, vcpus_max: u8) {
     registers_device(sink);
     pci_slots(sink, slots);
     if vcpus_max > vcpus {
@@ -95,8 +95,8 @@ fn slot_name(slot: u8) -> String {
 }
 
 /// The slots that devices come to and go from, and the method that tells each what it is about.
-fn pci_slots(sink: &mut dyn AmlSink, slots: std::ops::Range<u8>) {
-    let mut children: Vec<Made> = slots.clone().map(pci_slot).collect();
+fn pci_slots(sink: &mut dyn AmlSink, slots: &[u8]) {
+    let mut children: Vec<Made> = slots.iter().map(|slot| pci_slot(*slot)).collect();
     children.push(scan_slots(slots));
     children.push(preserve_resources());
     Scope::new(path("_SB_.PCI0"), with_all(&children)).to_aml_bytes(sink);
@@ -127,8 +127,7 @@ const SLOT_GROUP: usize = 8;
 ///
 /// A slot that has got a device is told of its bus, not of its device: of a device, Linux goes on to look at all slots of
 /// the bus, the empty ones too (`drivers/pci/hotplug/acpiphp_glue.c`), and each look leaves the guest.
-fn scan_slots(slots: std::ops::Range<u8>) -> Made {
-    let slots: Vec<u8> = slots.collect();
+fn scan_slots(slots: &[u8]) -> Made {
     let mut body = Vec::new();
     for (register, notification) in
         [("\\_SB_.PCIU", registers::NOTIFY_BUS_CHECK), ("\\_SB_.PCID", registers::NOTIFY_EJECT)]

@@ -49,6 +49,8 @@ pub(crate) struct Pci {
     pub(crate) window_64: Option<Range>,
     /// Whether it may have functions that interrupt by their pins: devices of the host.
     pub(crate) pins: bool,
+    /// The slots that devices can come to and go from, a bit each: a guest pays for each when it boots.
+    pub(crate) changing: u32,
 }
 
 /// Writes all tables into guest memory.

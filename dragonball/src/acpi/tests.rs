@@ -7,13 +7,15 @@ use proptest::prelude::*;
 use super::*;
 
 const WINDOW: Range = Range { start: 64 << 30, length: 1 << 40 };
+/// All slots but two.
+const CHANGING: u32 = !(1 | 1 << 1 | 1 << 6);
 
 fn hardware() -> Hardware {
     Hardware {
         vcpus: 4,
         vcpus_max: 8,
         hot_plug: true,
-        pci: Some(Pci { window_64: Some(WINDOW), pins: true }),
+        pci: Some(Pci { window_64: Some(WINDOW), pins: true, changing: CHANGING }),
         uart: true,
     }
 }
@@ -68,7 +70,7 @@ fn without_pci_no_table_speaks_of_it() {
 proptest! {
     #[test]
     fn checksums_hold_and_tables_fit_whatever_the_hardware(vcpus in 1_u8..=254, more in 0_u8..=253, uart: bool, pci: bool, window: bool) {
-        let pci = pci.then(|| Pci { window_64: window.then_some(WINDOW), pins: window });
+        let pci = pci.then(|| Pci { window_64: window.then_some(WINDOW), pins: window, changing: CHANGING });
         let vcpus_max = vcpus.saturating_add(more).min(254);
         let image = build(&Hardware { vcpus, vcpus_max, hot_plug: pci.is_some(), pci, uart });
         prop_assert!(image.len() as u64 <= ACPI_SIZE);
@@ -97,6 +99,14 @@ fn acpica_accepts_every_table() {
         assert!(output.contains(" 0 Errors"), "{name}: {output}");
         assert!(!output.contains("Warning  "), "{name}: {output}");
     }
+}
+
+#[test]
+fn slots_whose_devices_stay_are_none_that_change() {
+    let image = build(&hardware());
+    let has = |name: &[u8]| image.windows(name.len()).any(|bytes| bytes == name);
+    assert!(has(b"S005") && has(b"S007") && has(b"S031"));
+    assert!(!has(b"S001") && !has(b"S006") && !has(b"S000"));
 }
 
 fn run_iasl(arguments: &[&str], file: &std::path::Path) -> String {

@@ -83,9 +83,11 @@ fn tables(config: &MachineConfig, devices: &Devices) -> acpi::Hardware {
         vcpus: config.vcpus,
         vcpus_max: config.vcpus_max(),
         hot_plug: config.hot_plug,
-        pci: config
-            .has_pci()
-            .then(|| acpi::Pci { window_64: devices.window_64(), pins: config.may_have_host_devices() }),
+        pci: config.has_pci().then(|| acpi::Pci {
+            window_64: devices.window_64(),
+            pins: config.may_have_host_devices(),
+            changing: devices.changing_slots(),
+        }),
         uart: config.debug_uart != ConsoleOutput::None,
     }
 }

@@ -443,6 +443,12 @@ impl Devices {
         true
     }
 
+    /// The slots that devices can come to and go from, a bit each: all but those of devices that came to stay.
+    pub(super) fn changing_slots(&self) -> u32 {
+        let stays = |slot: &u8| self.attached.get(slot).is_some_and(|attached| attached.fixed);
+        SLOTS.filter(|slot| !stays(slot)).fold(0, |bits, slot| bits | 1 << slot)
+    }
+
     /// The slot of the device of this name.
     pub(super) fn find(&self, name: &str) -> Option<u8> {
         self.attached.iter().find(|(_, attached)| attached.name == name).map(|(slot, _)| *slot)

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::net::{IpAddr, Ipv4Addr};
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{Sender, channel};
 
 use libtest_mimic::Trial;
 use netlink::route::address::{AddressAttribute, AddressMessage};
@@ -12,7 +13,7 @@ use netlink::route::route::{
 };
 use netlink::route::{AddressFamily, RouteNetlinkMessage};
 use netlink::{Connection, NLM_F_CREATE, NLM_F_EXCL};
-use nix::sched::{CloneFlags, setns};
+use nix::sched::{CloneFlags, setns, unshare};
 use protocols::containerd::ttrpc;
 use serde_json::json;
 use ttrpc::Code;
@@ -23,6 +24,7 @@ use crate::trial;
 pub(crate) fn all() -> Vec<Trial> {
     vec![
         trial("what comes to a container's network namespace comes to its machine, and goes with it", comes_and_goes),
+        trial("a network that another machine has is refused with what to do", another_machine_s),
         trial("an interface that comes to a machine without room is refused at the start with the remedy", no_room),
     ]
 }
@@ -133,6 +135,37 @@ async fn comes_and_goes() {
     let network = "network: eth1 10.9.0.2/24, via 10.9.0.1 eth1";
     hardware.expect(&["card 02:00:00:00:09:02 for eth1", network]).await;
     node.delete("late");
+    node.expect_nothing_left().await;
+}
+
+/// A network namespace that lasts as long as the thread that is in it: until the sender is dropped.
+fn namespace() -> (Place, Sender<()>) {
+    let (told, tell) = channel();
+    let (end, ended) = channel::<()>();
+    std::thread::spawn(move || {
+        unshare(CloneFlags::CLONE_NEWNET).unwrap();
+        told.send(nix::unistd::gettid()).unwrap();
+        // Ends with an error when the other side is gone.
+        let _ = ended.recv();
+    });
+    let thread = tell.recv().unwrap();
+    (Place(PathBuf::from(format!("/proc/{}/task/{thread}/ns/net", std::process::id()))), end)
+}
+
+async fn another_machine_s() {
+    if !has_taps() {
+        return;
+    }
+    let node = Node::new().await;
+    let (place, _thread) = namespace();
+    place.connect("tap0_kata");
+    let namespaces = json!([{"type": "pid"}, {"type": "mount"}, {"type": "network", "path": place.0}]);
+    let bundle = node.bundle("second", &["/bin/true"], json!({"linux": {"namespaces": namespaces}}));
+    let second = node.connect("second", &bundle).await;
+    let error = second.create(&Io::default()).await.unwrap_err();
+    assert_eq!(code(&error), Code::FAILED_PRECONDITION);
+    assert!(error.to_string().contains("is the network of another virtual machine"), "{error}");
+    node.delete("second");
     node.expect_nothing_left().await;
 }
 
