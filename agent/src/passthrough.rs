@@ -9,6 +9,7 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use protocols::DISK_BY_PATH;
 use protocols::agent::PciDevice;
 use protocols::containerd::types::mount::Mount;
 use serde_json::{Map, Value, json};
@@ -46,9 +47,6 @@ struct Node {
     major: u32,
     minor: u32,
 }
-
-/// What a mount's source begins with that is a disk in a slot of the PCI bus: udev's names, which no guest has.
-const DISK_BY_PATH: &str = "/dev/disk/by-path/pci-";
 
 /// Adds the nodes of `devices` to a specification, and the rules that allow their use.
 pub(crate) async fn admit(spec: &[u8], devices: &[PciDevice]) -> Result<Vec<u8>> {

@@ -56,6 +56,9 @@ pub const SHARED_TAG: &str = "kataShared";
 pub const SHARED_DIR: &str = "/run/kata-containers/shared/containers";
 /// Parent of the guest's bundles: `<BUNDLES_DIR>/<container id>/{config.json,rootfs}`.
 pub const BUNDLES_DIR: &str = "/run/kata-containers/bundles";
+/// What a mount's source begins with that is the disk at an address of the guest's PCI bus: udev's name for it, which no
+/// guest has.
+pub const DISK_BY_PATH: &str = "/dev/disk/by-path/pci-";
 /// Prefix of a stdio field that names a stream: `stream:17`.
 pub const STREAM_SCHEME: &str = "stream:";
 /// Bytes of a container's runtime spec (`config.json`, and what becomes of it for the guest): a ttrpc message holds 4 MiB,

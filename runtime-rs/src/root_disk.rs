@@ -5,8 +5,8 @@
 use std::os::unix::fs::FileTypeExt;
 use std::path::Path;
 
-use protocols::BUNDLES_DIR;
 use protocols::containerd::api::Mount;
+use protocols::{BUNDLES_DIR, DISK_BY_PATH};
 
 use crate::machine::HostDevice;
 
@@ -14,8 +14,6 @@ use crate::machine::HostDevice;
 const IN_GUEST: [&str; 5] = ["ext4", "ext3", "ext2", "xfs", "erofs"];
 /// The mount option for a file that shall be a disk.
 const LOOP: &str = "loop";
-/// What the name of a disk begins with that is known by its place on the guest's PCI bus.
-const DISK_BY_PATH: &str = "/dev/disk/by-path/pci-";
 
 /// A root file system that is on a disk.
 #[derive(Debug, Clone, PartialEq, Eq)]
