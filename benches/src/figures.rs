@@ -5,8 +5,8 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, Result};
 use lab::Kernel;
 
-use crate::measure::Samples;
 use crate::measure::vmm::Vmm;
+use crate::measure::{Samples, pods};
 use crate::report::{Figure, Goal, Report, round};
 use crate::sample::Sample;
 use crate::site::{Clock, Site};
@@ -290,12 +290,10 @@ fn pods(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -> Resu
     let archives = ["pods", "--archive", &pause, "--archive", &busybox];
     let numbers = ["--rounds", &rounds, "--crowds", CROWDS, "--limit", &limit];
     let samples = site.measure(&[&archives[..], &numbers].concat())?;
-    for (suffix, what, goal) in [
-        ("pod", "a pod until its container's first byte", 2.0),
-        ("crowd", "20 pods at once, until the last one's", 2.5),
-    ] {
-        let [own, peer] = ["kata", "runc"].map(|handler| sample(&samples, &format!("{handler} {suffix}"), 1.0));
-        let names = ["kata", "runc"].map(|handler| format!("{handler}: {what}"));
+    let at_once = format!("{} pods at once, until the last one's", pods::CROWD);
+    for (suffix, what, goal) in [("pod", "a pod until its container's first byte", 2.0), ("crowd", &at_once, 2.5)] {
+        let [own, peer] = pods::HANDLERS.map(|handler| sample(&samples, &format!("{handler} {suffix}"), 1.0));
+        let names = pods::HANDLERS.map(|handler| format!("{handler}: {what}"));
         compare(report, "Pods by the CRI, virtual time", [&names[0], &names[1]], [&own?, &peer?], goal);
     }
     Ok(())

@@ -27,7 +27,7 @@ impl LoopDevice {
 
 impl Drop for LoopDevice {
     fn drop(&mut self) {
-        // A device that is still open goes when it is closed; one that stays is found by the look at the node.
+        // A device that is still open goes when it is closed.
         let _ = Command::new("losetup").arg("--detach").arg(&self.path).status();
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use nix::sys::signal::Signal;
 use tests::containerd::{Containerd, PAUSE, Purpose};
+use tests::context::BUSYBOX;
 use tests::cri::{ContainerSpec, Cri, Pod, PodSpec};
 use tests::ctr::Ctr;
 use tests::event::{Deadline, Watch, readable};
@@ -15,12 +16,11 @@ use tests::event::{Deadline, Watch, readable};
 use super::{Samples, push, retry};
 
 /// Runtime handlers that are compared.
-const HANDLERS: [&str; 2] = ["kata", "runc"];
+pub const HANDLERS: [&str; 2] = ["kata", "runc"];
 /// How many pods are made at once.
-const CROWD: usize = 20;
+pub const CROWD: usize = 20;
 /// containerd's namespace for pods.
 const NAMESPACE: &str = "k8s.io";
-const IMAGE: &str = "docker.io/library/busybox:latest";
 /// A guard against hangs, in the machine's time: no measurement ends by it.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -47,7 +47,7 @@ pub fn measure(archives: &[&Path], rounds: usize, crowds: usize) -> Result<Sampl
     let cri = Cri::connect(&containerd.address(), HANDLERS[0], PATIENCE)?;
     cri.expect_ready()?;
     let images = cri.images()?;
-    ensure!([PAUSE, IMAGE].iter().all(|image| images.iter().any(|known| known == image)), "Not imported: {images:?}");
+    ensure!([PAUSE, BUSYBOX].iter().all(|image| images.iter().any(|known| known == image)), "Not imported: {images:?}");
     let mut samples = Samples::new();
     for round in 0..=rounds {
         for handler in HANDLERS {
@@ -97,7 +97,7 @@ fn first_byte<'a>(cri: &'a Cri, handler: &str, name: &str, directory: &Path) -> 
     let watch = Watch::new()?;
     watch.add(logs.path())?;
     let pod = cri.run_pod_with(PodSpec::new(name, logs.path()), handler)?;
-    let said = pod.run(ContainerSpec::new("one", IMAGE, &["sh", "-c", "echo started; exec sleep 1000000"]));
+    let said = pod.run(ContainerSpec::new("one", BUSYBOX, &["sh", "-c", "echo started; exec sleep 1000000"]));
     let said = said.and_then(|container| {
         let deadline = Deadline::after(PATIENCE);
         while std::fs::metadata(&container.log).map_or(0, |log| log.len()) == 0 {

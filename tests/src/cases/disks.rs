@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::os::unix::fs::FileExt as _;
-use std::path::PathBuf;
 
 use anyhow::{Result, ensure};
 
@@ -28,12 +27,12 @@ pub(super) const CASES: &[Case] = &[
 
 const SIZE: u64 = 16 << 20;
 
-/// A disk with a few bytes at its beginning, and the file behind it.
-fn disk(context: &Context) -> Result<(LoopDevice, PathBuf)> {
+/// A disk with a few bytes at its beginning.
+fn disk(context: &Context) -> Result<LoopDevice> {
     let file = context.work.join("disk");
     fs::File::create(&file)?.set_len(SIZE)?;
     fs::OpenOptions::new().write(true).open(&file)?.write_all_at(b"node", 0)?;
-    Ok((LoopDevice::new(&file)?, file))
+    LoopDevice::new(&file)
 }
 
 /// The four bytes at `offset` of the disk, as the node reads them.
@@ -47,7 +46,7 @@ fn read(device: &LoopDevice, offset: u64) -> Result<[u8; 4]> {
 }
 
 fn device(context: &Context) -> Result<()> {
-    let (disk, _) = disk(context)?;
+    let disk = disk(context)?;
     let name = disk.path.display().to_string();
     let script = format!(
         "test -b {name} && head -c 4 {name} && wc -c < {name} && \
@@ -62,7 +61,7 @@ fn device(context: &Context) -> Result<()> {
 }
 
 fn raw_volume(context: &Context) -> Result<()> {
-    let (disk, _) = disk(context)?;
+    let disk = disk(context)?;
     let pod = run_pod(context, "raw")?;
     let writes = pod.run(forever("writes").with_device(&disk.path, "/dev/volume", "rwm"))?;
     let reads = pod.run(forever("reads").with_device(&disk.path, "/dev/other", "rm"))?;
@@ -82,7 +81,7 @@ fn raw_volume(context: &Context) -> Result<()> {
 }
 
 fn not_for_writing(context: &Context) -> Result<()> {
-    let (disk, _) = disk(context)?;
+    let disk = disk(context)?;
     let pod = run_pod(context, "raw")?;
     let reads = pod.run(forever("reads").with_device(&disk.path, "/dev/volume", "rm"))?;
     let refused = pod.run(forever("writes").with_device(&disk.path, "/dev/volume", "rwm")).map(drop);
