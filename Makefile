@@ -106,9 +106,10 @@ run-linux = $(call run-program,linux,$(1))
 # Those of devices of the host; $(1) is the guests' kernel, $(2) names the devices and how often they come and go.
 run-vfio = $(call run-linux,--report target/vfio --filter passthrough --kernel $(1)/vmlinux --passthrough $(PASSTHROUGH) $(2))
 
+# The first tests are the GPU model's, the second those of the lab machine with an IOMMU.
 test-vfio: build passthrough ## Devices of the host in guests, in lab machines with an IOMMU, a GPU model and others
-	cargo test --locked --profile $(PROFILE) -p gpu-model
-	cargo test --locked --profile $(PROFILE) -p vfio-check --test machine -- --include-ignored --test-threads 1
+	cargo test --locked --workspace --profile $(PROFILE) --test hostile --test program --test service
+	cargo test --locked --workspace --profile $(PROFILE) --test iommu -- --include-ignored --test-threads 1
 	$(OUT)/kernel-config build --profile gpu --output $(GPU_KERNEL)
 	$(call run-vfio,$(GPU_KERNEL),$(VFIO_DEVICES) --device nvme $(GPU_MODULES) --rounds 50)
 	$(call run-vfio,$(GPU_KERNEL),$(VFIO_DEVICES) $(GPU_MODULES) --rounds 50 --machine-kernel iommufd)
