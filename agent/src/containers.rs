@@ -14,7 +14,7 @@ use oci_spec::runtime::LinuxResources;
 use protobuf::Message;
 use protocols::agent::ContainerOptions;
 use protocols::containerd::api::{CreateTaskRequest, ExecProcessRequest};
-use protocols::{MAX_SPEC, SHARED_DIR};
+use protocols::{GUEST_COMMAND_TYPE_URL, MAX_SPEC, SHARED_DIR};
 use tokio::sync::oneshot;
 use tokio::task::spawn_local;
 
@@ -136,7 +136,7 @@ impl Guest {
 
     /// Lets a created process run; returns its pid.
     pub(crate) async fn start(self: &Rc<Self>, id: &str, exec_id: &str) -> Result<u32> {
-        let container = self.container(id)?;
+        let container = self.place(id)?;
         let process = container.process(exec_id)?;
         if exec_id.is_empty() {
             self.start_init(&container).await?
@@ -194,6 +194,9 @@ impl Guest {
     ) -> Result<Launched> {
         fs::write(file, description).map_err(Error::io(format!("cannot write {}", file.display())))?;
         let (id, file) = (container.id.clone(), file.to_owned());
+        if container.is_guest() {
+            return self.launch(process, "exec", |stdio| Request::Command { command: file, stdio }).await;
+        }
         // It is never closed.
         let _turn = container.turn.acquire().await;
         self.launch(process, "exec", |stdio| Request::Exec { id, process: file, stdio }).await
@@ -202,11 +205,12 @@ impl Guest {
     /// Registers a further process; it runs at its Start.
     pub(crate) fn exec(&self, request: ExecProcessRequest) -> Result<()> {
         check_id("exec id", &request.exec_id)?;
-        let container = self.container(&request.id)?;
+        let container = self.place(&request.id)?;
         if container.init.phase() != Phase::Running {
             return Err(Error::precondition(format!("container {:?} is not running", request.id)));
         }
-        let description = any_json(request.spec.as_ref(), PROCESS_TYPE, "the process")?;
+        let kind = if container.is_guest() { GUEST_COMMAND_TYPE_URL } else { PROCESS_TYPE };
+        let description = any_value(request.spec.as_ref(), kind, "the process")?;
         let fields = StdioFields {
             stdin: request.stdin,
             stdout: request.stdout,
@@ -222,8 +226,11 @@ impl Guest {
         let number = i32::try_from(signal).ok().filter(|number| (0..=libc::SIGRTMAX()).contains(number));
         let number =
             number.ok_or_else(|| Error::invalid(format!("signal {signal}: signals are 0 to {}", libc::SIGRTMAX())))?;
-        let container = self.container(id)?;
+        let container = self.place(id)?;
         let process = container.process(exec_id)?;
+        if all && container.is_guest() {
+            return Err(Error::invalid("processes of the guest itself are signalled one by one"));
+        }
         if all {
             return kill_all(&container, number);
         }
@@ -256,7 +263,7 @@ impl Guest {
     /// Changes the limits of a container.
     pub(crate) fn update(&self, id: &str, resources: Option<&protobuf::well_known_types::any::Any>) -> Result<()> {
         self.container(id)?;
-        let json = any_json(resources, RESOURCES_TYPE, "the resources")?;
+        let json = any_value(resources, RESOURCES_TYPE, "the resources")?;
         let resources: LinuxResources = serde_json::from_slice(&json)
             .map_err(|e| Error::invalid(format!("the resources are no valid JSON: {e}")))?;
         let limits = ControllerOpt {
@@ -275,7 +282,7 @@ impl Guest {
 
     /// Forgets a process that has ended or never ran. For the first process, everything of the container goes with it.
     pub(crate) async fn delete(self: &Rc<Self>, id: &str, exec_id: &str) -> Result<(u32, Exit)> {
-        let container = self.container(id)?;
+        let container = self.place(id)?;
         let process = container.process(exec_id)?;
         if exec_id.is_empty() {
             self.delete_container(&container).await
@@ -389,7 +396,7 @@ fn check_size(what: &str, size: usize) -> Result<()> {
     Ok(())
 }
 
-fn any_json(any: Option<&protobuf::well_known_types::any::Any>, kind: &str, what: &str) -> Result<Vec<u8>> {
+fn any_value(any: Option<&protobuf::well_known_types::any::Any>, kind: &str, what: &str) -> Result<Vec<u8>> {
     let any = any.ok_or_else(|| Error::invalid(format!("the request does not hold {what}")))?;
     if any.type_url != kind {
         return Err(Error::invalid(format!("{what} is of type {:?}: expected {kind:?}", any.type_url)));

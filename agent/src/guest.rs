@@ -6,6 +6,7 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 use std::rc::Rc;
 
+use protocols::GUEST;
 use tokio::sync::{OnceCell, Semaphore};
 use tokio::task::AbortHandle;
 
@@ -15,7 +16,7 @@ use crate::events::Events;
 use crate::helper::Stage;
 use crate::mounts::Mounts;
 use crate::network::Applied;
-use crate::process::Process;
+use crate::process::{Phase, Process, StdioFields};
 use crate::reaper::Reaper;
 use crate::resolver::Resolver;
 use crate::timeline::Timeline;
@@ -42,6 +43,8 @@ pub(crate) struct Guest {
     pub(crate) resolver: RefCell<Option<Resolver>>,
     /// The PID namespace of all containers that ask for the sandbox's.
     pub(crate) pid_namespace: OnceCell<OwnedFd>,
+    /// The guest itself among them, where the host has its administrator execute commands in it.
+    itself: std::cell::OnceCell<Rc<Container>>,
     containers: RefCell<HashMap<String, Rc<Container>>>,
     names: Cell<u64>,
 }
@@ -82,6 +85,7 @@ impl Guest {
             network: RefCell::default(),
             resolver: RefCell::default(),
             pid_namespace: OnceCell::new(),
+            itself: std::cell::OnceCell::new(),
             containers: RefCell::default(),
             names: Cell::new(0),
         })
@@ -91,6 +95,19 @@ impl Guest {
         self.containers.borrow().get(id).map(Rc::clone).ok_or_else(|| Error::NoContainer(id.to_owned()))
     }
 
+    /// What has the processes that a request is about: a container, or the guest itself.
+    pub(crate) fn place(&self, id: &str) -> Result<Rc<Container>> {
+        if id != GUEST {
+            return self.container(id);
+        }
+        self.itself.get().map(Rc::clone).ok_or_else(|| Error::precondition("the guest itself executes no commands"))
+    }
+
+    /// Lets commands be executed in the guest itself.
+    pub(crate) fn open_debug_console(&self) {
+        self.itself.get_or_init(Container::guest);
+    }
+
     /// All containers, in no order.
     pub(crate) fn containers(&self) -> Vec<Rc<Container>> {
         self.containers.borrow().values().map(Rc::clone).collect()
@@ -98,7 +115,7 @@ impl Guest {
 
     /// A process by its container's id and its exec id, which is empty for the first process.
     pub(crate) fn process(&self, id: &str, exec_id: &str) -> Result<Rc<Process>> {
-        self.container(id)?.process(exec_id)
+        self.place(id)?.process(exec_id)
     }
 
     /// Takes an id for a new container.
@@ -128,9 +145,22 @@ impl Guest {
 
 impl Container {
     pub(crate) fn new(id: &str, init: Rc<Process>) -> Rc<Self> {
+        Self::at(Path::new(protocols::BUNDLES_DIR).join(id), id, init)
+    }
+
+    /// The guest itself: it runs for as long as anything does, and nothing of it is to be removed.
+    fn guest() -> Rc<Self> {
+        Self::at(crate::RUNTIME_DIR.into(), GUEST, Process::new("", StdioFields::default(), Phase::Running))
+    }
+
+    pub(crate) fn is_guest(&self) -> bool {
+        self.id == GUEST
+    }
+
+    fn at(bundle: PathBuf, id: &str, init: Rc<Process>) -> Rc<Self> {
         Rc::new(Self {
             id: id.to_owned(),
-            bundle: Path::new(protocols::BUNDLES_DIR).join(id),
+            bundle,
             cgroup: Cgroup::of(id),
             init,
             mounts: RefCell::default(),

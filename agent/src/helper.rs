@@ -3,6 +3,7 @@
 //! libcontainer forks and changes the working directory, which a process with an event loop must not do. The agent
 //! starts `kata-agent helper` with a [`Request`] as JSON on its stdin and reads one line, a [`Reply`], from its stdout.
 
+mod command;
 mod executor;
 pub(crate) mod pause;
 mod spec;
@@ -34,6 +35,8 @@ pub(crate) enum Request {
     Create(Create),
     /// Run another process, described by the JSON file `process`, in a running container.
     Exec { id: String, process: PathBuf, stdio: Stdio },
+    /// Run a process of the guest itself, described by the file `command`.
+    Command { command: PathBuf, stdio: Stdio },
     /// Run a container's hooks of one stage.
     Hooks { id: String, stage: Stage },
     /// Make a PID namespace and start [`pause`] as its first process.
@@ -111,6 +114,7 @@ fn serve(request: Request) -> Result<Reply, Error> {
     match request {
         Request::Create(container) => create(container).map(Reply::Started),
         Request::Exec { id, process, stdio } => exec(id, &process, stdio).map(Reply::Started),
+        Request::Command { command, stdio } => command::start(&command, stdio).map(Reply::Started),
         Request::Hooks { id, stage } => hooks(&id, stage).map(|()| Reply::Done),
         Request::PidNamespace => Ok(Reply::Started(pause::start()?)),
     }

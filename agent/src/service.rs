@@ -278,7 +278,7 @@ impl Task for Handle {
 }
 
 fn state(guest: &Guest, request: &StateRequest) -> Result<StateResponse> {
-    let container = guest.container(&request.id)?;
+    let container = guest.place(&request.id)?;
     let process = container.process(&request.exec_id)?;
     let phase = process.phase();
     let status = match phase {

@@ -42,6 +42,9 @@ impl Guest {
         set_sysctls(request)?;
         limit_shared_memory(request.shm_size)?;
         self.storages.borrow_mut().add_storages(&request.storages)?;
+        if request.debug_console {
+            self.open_debug_console();
+        }
         self.timeline.borrow_mut().stamp("setup done");
         Ok(SetupResponse {
             agent_version: env!("CARGO_PKG_VERSION").into(),

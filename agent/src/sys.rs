@@ -3,6 +3,8 @@
 use std::ffi::CStr;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 use nix::errno::Errno;
 use nix::sys::signal::{SigHandler, Signal, signal};
@@ -52,6 +54,20 @@ pub(crate) fn reset_signals() {
         let how = libc::SIG_SETMASK;
         libc::syscall(libc::SYS_rt_sigprocmask, how, DEFAULT.as_ptr(), std::ptr::null::<u64>(), SET_SIZE);
     }
+}
+
+/// Has a program lead a session of its own when it is executed and, if its standard input is a terminal, own that.
+pub(crate) fn lead_session(command: &mut Command, terminal: bool) {
+    let lead = move || {
+        nix::unistd::setsid()?;
+        if terminal {
+            // SAFETY: TIOCSCTTY takes an integer.
+            Errno::result(unsafe { libc::ioctl(libc::STDIN_FILENO, libc::TIOCSCTTY, 0) })?;
+        }
+        Ok(())
+    };
+    // SAFETY: between fork(2) and execve(2), it makes two system calls and nothing else.
+    unsafe { command.pre_exec(lead) };
 }
 
 /// Lets the kernel reap this process's children: it does so for whoever ignores their end (wait(2), "NOTES").

@@ -69,5 +69,10 @@ pub const MAX_SPEC: usize = 3 << 20;
 pub const MAX_COPY_BYTES: u64 = 8 << 20;
 /// Files, directories and links of such a volume.
 pub const MAX_COPY_ENTRIES: usize = 4096;
+/// Id of the guest itself where the Task API takes a container's: what is executed in it is a process of the guest. No
+/// container has it, because containerd's ids begin with a letter or digit.
+pub const GUEST: &str = ".guest";
+/// `Any.type_url` of [`agent::GuestCommand`].
+pub const GUEST_COMMAND_TYPE_URL: &str = "tatami.agent.v1.GuestCommand";
 /// `Any.type_url` of [`agent::ContainerOptions`].
 pub const CONTAINER_OPTIONS_TYPE_URL: &str = "tatami.agent.v1.ContainerOptions";

@@ -14,9 +14,12 @@ pub enum Error {
     /// A file operation or a program failed.
     #[error(transparent)]
     Tool(#[from] tool::Error),
-    /// The guest agent cannot be PID 1 of an image that holds nothing else.
-    #[error("{path} cannot be the guest agent: {reason}. Build it with RUSTFLAGS='-C target-feature=+crt-static'")]
-    Agent {
+    /// A program cannot be in the guest image, which has no libraries.
+    #[error(
+        "{path} cannot be in the guest image: {reason}. Build the agent with RUSTFLAGS='-C target-feature=+crt-static', and \
+         take busybox from the package busybox-static"
+    )]
+    Program {
         /// The file that was given.
         path: PathBuf,
         /// What is wrong with it.

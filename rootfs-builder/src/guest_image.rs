@@ -1,4 +1,6 @@
-//! The guest image: a read-only EROFS with the agent and mount points, and nothing else.
+//! The guest image: a read-only EROFS with the agent, a shell, and mount points.
+//!
+//! The shell is for who looks for a fault; until it is executed, it is bytes of a file that nobody reads.
 //!
 //! It is mapped into every guest as virtio-pmem and mounted with DAX, so that all guests
 //! of a node share the host's page cache: file data is uncompressed, block aligned and
@@ -13,6 +15,7 @@ use std::process::Command;
 use sha2::{Digest, Sha256};
 use tool::io;
 
+use crate::busybox::applets;
 use crate::error::Error;
 
 /// Largest guest image, in bytes.
@@ -21,9 +24,14 @@ pub const MAX_SIZE: u64 = 12 << 20;
 pub const PMEM_ALIGNMENT: u64 = 2 << 20;
 /// Where the kernel finds its init.
 pub const AGENT_PATH: &str = "sbin/kata-agent";
+/// Where Debian's package busybox-static has its program.
+pub const BUSYBOX: &str = "/bin/busybox";
+/// The shell and its tools, which links beside it lead to.
+const BUSYBOX_PATH: &str = "bin/busybox";
 
-/// Empty directories for what the agent mounts, with their modes.
-const MOUNT_POINTS: &[(&str, u32)] = &[
+/// Directories, with their modes; most are for what the agent mounts.
+const DIRECTORIES: &[(&str, u32)] = &[
+    ("bin", 0o755),
     ("dev", 0o755),
     ("etc", 0o755),
     ("lib/modules", 0o755),
@@ -58,20 +66,20 @@ pub struct GuestImage {
     pub size: u64,
     /// SHA-256 of the image, hexadecimal.
     pub sha256: String,
-    /// The file system's UUID, made from the agent's hash.
+    /// The file system's UUID, made from the hash of its programs.
     pub uuid: String,
 }
 
-/// Builds the image of the static executable `agent` at `output`.
+/// Builds the image of the static executables `agent` and `busybox` at `output`.
 ///
 /// `output` appears whole or not at all.
 ///
 /// # Errors
-/// When the agent is not a static x86-64 executable, the image exceeds [`MAX_SIZE`], or
+/// When one of them is not a static x86-64 executable, the image exceeds [`MAX_SIZE`], or
 /// `mkfs.erofs` or a file operation fails.
-pub fn build(agent: &Path, output: &Path) -> Result<GuestImage, Error> {
-    let executable = fs::read(agent).map_err(io("read", agent))?;
-    crate::elf::check_static(&executable).map_err(|reason| Error::Agent { path: agent.to_owned(), reason })?;
+pub fn build(agent: &Path, busybox: &Path, output: &Path) -> Result<GuestImage, Error> {
+    let programs = [(AGENT_PATH, read_static(agent)?), (BUSYBOX_PATH, read_static(busybox)?)];
+    let applets = applets(busybox)?;
     let parent = output.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or_else(|| Path::new("."));
     fs::create_dir_all(parent).map_err(io("create", parent))?;
     let work = tempfile::Builder::new()
@@ -79,8 +87,8 @@ pub fn build(agent: &Path, output: &Path) -> Result<GuestImage, Error> {
         .tempdir_in(parent)
         .map_err(io("create a directory in", parent))?;
     let tree = work.path().join("tree");
-    lay_out(&tree, &executable)?;
-    let uuid = uuid_of(&executable);
+    lay_out(&tree, &programs, &applets)?;
+    let uuid = uuid_of(&programs);
     let unfinished = work.path().join("image");
     make_erofs(&tree, &unfinished, &uuid)?;
     let size = pad(&unfinished)?;
@@ -92,11 +100,17 @@ pub fn build(agent: &Path, output: &Path) -> Result<GuestImage, Error> {
     Ok(GuestImage { path: output.to_owned(), size, sha256: hex(&Sha256::digest(content)), uuid })
 }
 
-fn lay_out(tree: &Path, agent: &[u8]) -> Result<(), Error> {
+fn read_static(program: &Path) -> Result<Vec<u8>, Error> {
+    let executable = fs::read(program).map_err(io("read", program))?;
+    crate::elf::check_static(&executable).map_err(|reason| Error::Program { path: program.to_owned(), reason })?;
+    Ok(executable)
+}
+
+fn lay_out(tree: &Path, programs: &[(&str, Vec<u8>)], applets: &[String]) -> Result<(), Error> {
     let set_mode = |path: &Path, mode| {
         fs::set_permissions(path, Permissions::from_mode(mode)).map_err(io("set the mode of", path))
     };
-    for (name, _) in MOUNT_POINTS {
+    for (name, _) in DIRECTORIES {
         let path = tree.join(name);
         fs::create_dir_all(&path).map_err(io("create", &path))?;
     }
@@ -109,14 +123,20 @@ fn lay_out(tree: &Path, agent: &[u8]) -> Result<(), Error> {
         let path = tree.join(name);
         symlink(target, &path).map_err(io("link", &path))?;
     }
-    let path = tree.join(AGENT_PATH);
-    fs::write(&path, agent).map_err(io("write", &path))?;
-    set_mode(&path, 0o755)?;
+    for (name, content) in programs {
+        let path = tree.join(name);
+        fs::write(&path, content).map_err(io("write", &path))?;
+        set_mode(&path, 0o755)?;
+    }
+    for applet in applets {
+        let path = tree.join("bin").join(applet);
+        symlink("busybox", &path).map_err(io("link", &path))?;
+    }
     // Modes last: the caller's umask decided those of the directories, parents included.
     for name in ["", "lib"] {
         set_mode(&tree.join(name), 0o755)?;
     }
-    for (name, mode) in MOUNT_POINTS {
+    for (name, mode) in DIRECTORIES {
         set_mode(&tree.join(name), *mode)?;
     }
     Ok(())
@@ -137,9 +157,10 @@ fn pad(image: &Path) -> Result<u64, Error> {
     Ok(size)
 }
 
-/// A version 8 UUID (RFC 9562 §5.8: content defined by the maker) of the agent's hash.
-fn uuid_of(agent: &[u8]) -> String {
-    let mut bytes: Vec<u8> = Sha256::digest(agent).to_vec();
+/// A version 8 UUID (RFC 9562 §5.8: content defined by the maker) of the programs' hash.
+fn uuid_of(programs: &[(&str, Vec<u8>)]) -> String {
+    let hash = programs.iter().fold(Sha256::new(), |hash, (_, content)| hash.chain_update(Sha256::digest(content)));
+    let mut bytes: Vec<u8> = hash.finalize().to_vec();
     bytes.truncate(16);
     bytes[6] = bytes[6] & 0x0f | 0x80;
     bytes[8] = bytes[8] & 0x3f | 0x80;

@@ -5,6 +5,7 @@
 //! with the same `mkfs.erofs`.
 
 pub mod archive;
+mod busybox;
 pub mod elf;
 mod error;
 pub mod guest_image;

@@ -18,13 +18,16 @@ struct Arguments {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Builds the guest image: a read-only EROFS with the agent and mount points only.
+    /// Builds the guest image: a read-only EROFS with the agent, a shell for `kata-ctl exec`, and mount points.
     ///
-    /// The same agent gives the same image to the last bit. Needs mkfs.erofs (package erofs-utils).
+    /// The same programs give the same image to the last bit. Needs mkfs.erofs (package erofs-utils).
     Image {
         /// The agent: a static x86-64 executable.
         #[arg(long)]
         agent: PathBuf,
+        /// The shell and its tools: Debian's static busybox (package busybox-static).
+        #[arg(long, default_value = guest_image::BUSYBOX)]
+        busybox: PathBuf,
         /// Where to write the image.
         #[arg(long)]
         output: PathBuf,
@@ -50,8 +53,8 @@ enum Action {
 
 fn main() -> anyhow::Result<()> {
     match Arguments::parse().command {
-        Action::Image { agent, output, json } => {
-            let image = guest_image::build(&agent, &output)?;
+        Action::Image { agent, busybox, output, json } => {
+            let image = guest_image::build(&agent, &busybox, &output)?;
             if json {
                 println!("{}", serde_json::to_string(&image)?);
             } else {

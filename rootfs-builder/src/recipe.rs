@@ -13,6 +13,7 @@ use debian::Suite;
 use tool::io;
 
 use crate::archive::{self, Start};
+use crate::busybox::applets;
 use crate::error::Error;
 use crate::layer::{self, Owners};
 use crate::progress::Progress;
@@ -20,7 +21,8 @@ use crate::progress::Progress;
 /// The Debian release that images are made of.
 const SUITE: &str = "trixie";
 /// The code that makes an archive of the packages: another version of it may make another archive.
-const MAKERS: &[&str] = &[include_str!("recipe.rs"), include_str!("layer.rs"), include_str!("archive.rs")];
+const MAKERS: &[&str] =
+    &[include_str!("recipe.rs"), include_str!("busybox.rs"), include_str!("layer.rs"), include_str!("archive.rs")];
 
 /// Which image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -31,6 +33,8 @@ pub enum Image {
     Pause,
     /// A small Debian with redis, nginx and python3.
     Debian,
+    /// A small Debian with postgres.
+    Postgres,
 }
 
 impl Image {
@@ -41,33 +45,15 @@ impl Image {
             Self::Busybox => "docker.io/library/busybox:latest",
             Self::Pause => "docker.io/library/pause:latest",
             Self::Debian => "docker.io/library/debian:trixie-slim",
+            Self::Postgres => "docker.io/library/postgres:latest",
         }
     }
 
-    fn packages(self) -> &'static [&'static str] {
+    fn packages(self) -> Vec<&'static str> {
         match self {
-            Self::Busybox | Self::Pause => &["busybox-static"],
-            Self::Debian => &[
-                "base-files",
-                "base-passwd",
-                "bash",
-                "coreutils",
-                "dash",
-                "debianutils",
-                "findutils",
-                "grep",
-                "gzip",
-                "hostname",
-                "libc-bin",
-                "mawk",
-                "nginx",
-                "procps",
-                "python3",
-                "redis-server",
-                "redis-tools",
-                "sed",
-                "tar",
-            ],
+            Self::Busybox | Self::Pause => vec!["busybox-static"],
+            Self::Debian => [BASE, &["nginx", "procps", "python3", "redis-server", "redis-tools"]].concat(),
+            Self::Postgres => [BASE, &["postgresql"]].concat(),
         }
     }
 
@@ -76,7 +62,9 @@ impl Image {
         let (command, path): (&[&str], _) = match self {
             Self::Busybox => (&["sh"], BUSYBOX_PATH),
             Self::Pause => (&["sleep", "infinity"], BUSYBOX_PATH),
-            Self::Debian => (&["bash"], "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"),
+            Self::Debian | Self::Postgres => {
+                (&["bash"], "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
+            }
         };
         let command = command.iter().map(|word| (*word).to_owned()).collect();
         Start { command, environment: vec![format!("PATH={path}")] }
@@ -85,7 +73,7 @@ impl Image {
     fn populate(self, root: &Path, packages: &[PathBuf], progress: &Progress) -> Result<Owners, Error> {
         match self {
             Self::Busybox | Self::Pause => busybox(root, packages),
-            Self::Debian => debian_root(root, packages, progress),
+            Self::Debian | Self::Postgres => debian_root(root, packages, progress),
         }
     }
 }
@@ -102,7 +90,7 @@ pub fn build(image: Image, name: &str, output: &Path, cache: &Cache, progress: &
     let suite = Suite::open(cache, SUITE)?;
     progress.step("Packages");
     let packages: Vec<PathBuf> = suite
-        .download_with_dependencies(image.packages())?
+        .download_with_dependencies(&image.packages())?
         .into_iter()
         .filter(|package| !is_left_out(package))
         .collect();
@@ -127,19 +115,47 @@ pub fn build(image: Image, name: &str, output: &Path, cache: &Cache, progress: &
     Ok(())
 }
 
-/// Packages that only install or configure others, and what only they need.
+/// The packages of a Debian that has a shell and its tools.
+const BASE: &[&str] = &[
+    "base-files",
+    "base-passwd",
+    "bash",
+    "coreutils",
+    "dash",
+    "debianutils",
+    "findutils",
+    "grep",
+    "gzip",
+    "hostname",
+    "libc-bin",
+    "mawk",
+    "sed",
+    "tar",
+];
+
+/// Packages that only install or configure others, and what only they need; postgres' compiler for large queries, too,
+/// without which it works.
 const LEFT_OUT: &[&str] = &[
     "adduser",
     "bsdutils",
     "debconf",
     "init-system-helpers",
     "iproute2",
+    "libllvm19",
+    "libperl5.40",
+    "libz3-4",
     "login",
     "login.defs",
     "logrotate",
     "lsb-base",
     "passwd",
+    "perl",
     "perl-base",
+    "perl-modules-5.40",
+    "postgresql",
+    "postgresql-client-common",
+    "postgresql-common",
+    "ssl-cert",
     "sysvinit-utils",
     "util-linux",
 ];
@@ -164,9 +180,7 @@ fn busybox(root: &Path, packages: &[PathBuf]) -> Result<Owners, Error> {
     directory(root, "tmp", 0o1777)?;
     directory(root, "root", 0o700)?;
     file(root, "bin/busybox", &binary, 0o755)?;
-    let busybox = root.join("bin/busybox");
-    let listed = Command::new(&busybox).arg("--list").output().map_err(io("run", &busybox))?;
-    for applet in String::from_utf8_lossy(&listed.stdout).lines().filter(|applet| *applet != "busybox") {
+    for applet in applets(&root.join("bin/busybox"))? {
         link(root, &format!("bin/{applet}"), "busybox")?;
     }
     for (name, target) in [("sbin", "bin"), ("usr/bin", "../bin"), ("usr/sbin", "../bin")] {
@@ -178,7 +192,7 @@ fn busybox(root: &Path, packages: &[PathBuf]) -> Result<Owners, Error> {
 }
 
 /// Accounts beyond base-passwd's: name, number, home.
-const ACCOUNTS: &[(&str, u64, &str)] = &[("redis", 999, "/var/lib/redis")];
+const ACCOUNTS: &[(&str, u64, &str)] = &[("redis", 999, "/var/lib/redis"), ("postgres", 998, "/var/lib/postgresql")];
 /// Directories that belong to an account, with its number (33 is Debian's www-data).
 const OWNED: &[(&str, u64)] =
     &[("var/lib/redis", 999), ("var/log/redis", 999), ("etc/redis", 999), ("var/log/nginx", 33), ("var/lib/nginx", 33)];
@@ -194,6 +208,7 @@ const STRIPPED: &[&str] = &[
     "usr/share/i18n",
     "usr/lib/x86_64-linux-gnu/gconv",
     "usr/share/menu",
+    "usr/lib/postgresql/17/lib/bitcode",
     "usr/lib/systemd",
     "usr/share/perl5",
     "usr/share/pixmaps",
@@ -266,7 +281,7 @@ fn strip(root: &Path) -> Result<(), Error> {
     Ok(())
 }
 
-/// What base-passwd's, redis' and nginx' scripts do.
+/// What the scripts of base-passwd and of the services do.
 fn accounts(root: &Path) -> Result<(), Error> {
     for (master, name) in [("passwd.master", "etc/passwd"), ("group.master", "etc/group")] {
         let path = root.join("usr/share/base-passwd").join(master);

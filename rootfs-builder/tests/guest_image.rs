@@ -21,6 +21,11 @@ fn agent(dir: &Path, size: usize) -> std::path::PathBuf {
     path
 }
 
+/// The image of an agent and the busybox of this machine.
+fn build(agent: &Path, output: &Path) -> Result<guest_image::GuestImage, Error> {
+    guest_image::build(agent, guest_image::BUSYBOX.as_ref(), output)
+}
+
 fn dump(image: &Path, path: &str) -> String {
     let output = Command::new("dump.erofs").arg("-e").arg(format!("--path={path}")).arg(image).output().unwrap();
     assert!(output.status.success(), "{path} is missing: {}", String::from_utf8_lossy(&output.stderr));
@@ -31,8 +36,8 @@ fn dump(image: &Path, path: &str) -> String {
 fn two_builds_of_one_agent_are_equal_to_the_last_bit() {
     let dir = tempfile::tempdir().unwrap();
     let agent = agent(dir.path(), 1_500_001);
-    let first = guest_image::build(&agent, &dir.path().join("first")).unwrap();
-    let second = guest_image::build(&agent, &dir.path().join("second/image")).unwrap();
+    let first = build(&agent, &dir.path().join("first")).unwrap();
+    let second = build(&agent, &dir.path().join("second/image")).unwrap();
     assert_eq!(first.sha256, second.sha256);
     assert!(fs::read(&first.path).unwrap() == fs::read(&second.path).unwrap());
 }
@@ -40,16 +45,16 @@ fn two_builds_of_one_agent_are_equal_to_the_last_bit() {
 #[test]
 fn images_of_different_agents_differ_in_content_and_uuid() {
     let dir = tempfile::tempdir().unwrap();
-    let first = guest_image::build(&agent(dir.path(), 50_000), &dir.path().join("first")).unwrap();
-    let second = guest_image::build(&agent(dir.path(), 50_001), &dir.path().join("second")).unwrap();
+    let first = build(&agent(dir.path(), 50_000), &dir.path().join("first")).unwrap();
+    let second = build(&agent(dir.path(), 50_001), &dir.path().join("second")).unwrap();
     assert_ne!(first.sha256, second.sha256);
     assert_ne!(first.uuid, second.uuid);
 }
 
 #[test]
-fn the_image_is_a_clean_file_system_with_the_agent_and_all_mount_points() {
+fn the_image_is_a_clean_file_system_with_the_agent_a_shell_and_all_mount_points() {
     let dir = tempfile::tempdir().unwrap();
-    let image = guest_image::build(&agent(dir.path(), 300_000), &dir.path().join("image")).unwrap();
+    let image = build(&agent(dir.path(), 300_000), &dir.path().join("image")).unwrap();
     let checked = Command::new("fsck.erofs").arg(&image.path).output().unwrap();
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
     assert!(dump(&image.path, "/sbin/kata-agent").contains("Access: 0755"));
@@ -58,13 +63,15 @@ fn the_image_is_a_clean_file_system_with_the_agent_and_all_mount_points() {
     for path in ["/proc", "/sys", "/dev", "/run", "/lib/modules", "/etc/resolv.conf", "/etc/hosts", "/etc/passwd"] {
         dump(&image.path, path);
     }
+    assert!(dump(&image.path, "/bin/busybox").contains("Access: 0755"));
+    assert!(dump(&image.path, "/bin/sh").contains("symlink"));
 }
 
 #[test]
 fn the_agent_can_be_mapped_by_dax() {
     let dir = tempfile::tempdir().unwrap();
     let agent = agent(dir.path(), 300_001);
-    let image = guest_image::build(&agent, &dir.path().join("image")).unwrap();
+    let image = build(&agent, &dir.path().join("image")).unwrap();
     let shown = dump(&image.path, "/sbin/kata-agent");
     // Layout 0 is EROFS_INODE_FLAT_PLAIN: whole blocks, no tail inside the inode.
     assert!(shown.contains("Layout: 0"), "{shown}");
@@ -86,7 +93,7 @@ fn an_agent_that_is_too_large_is_refused_and_leaves_no_file() {
     let dir = tempfile::tempdir().unwrap();
     let agent = agent(dir.path(), 12 << 20);
     let output = dir.path().join("image");
-    let error = guest_image::build(&agent, &output).unwrap_err();
+    let error = build(&agent, &output).unwrap_err();
     assert!(matches!(error, Error::TooLarge { limit: guest_image::MAX_SIZE, .. }), "{error}");
     let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
     assert_eq!(left, ["agent"]);
@@ -97,6 +104,6 @@ fn a_script_as_agent_is_refused_with_the_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let script = dir.path().join("agent");
     fs::write(&script, "#!/bin/sh\n").unwrap();
-    let error = guest_image::build(&script, &dir.path().join("image")).unwrap_err().to_string();
+    let error = build(&script, &dir.path().join("image")).unwrap_err().to_string();
     assert!(error.contains("no ELF file") && error.contains("crt-static"), "{error}");
 }

@@ -98,6 +98,12 @@ pub enum Error {
         /// The end of its console output.
         tail: String,
     },
+    /// A command was to be executed in the guest itself.
+    #[error(
+        "no commands can be executed in this pod's guest itself: set debug_console_enabled = true in [agent.kata] of the \
+         configuration and start the pod again"
+    )]
+    NoConsole,
     /// The virtual machine has ended.
     #[error("the sandbox's virtual machine has ended ({0}); delete the container and create it again")]
     GuestGone(String),
@@ -151,7 +157,7 @@ impl Error {
             Self::Name(_) | Self::Spec(_) | Self::Invalid(_) => Code::INVALID_ARGUMENT,
             Self::Launch(LaunchError::Config(_) | LaunchError::Image { .. }) => Code::FAILED_PRECONDITION,
             Self::Config(config::ConfigError::Annotation(_)) => Code::INVALID_ARGUMENT,
-            Self::State(_) | Self::Config(_) | Self::NoRoom(_) => Code::FAILED_PRECONDITION,
+            Self::State(_) | Self::Config(_) | Self::NoRoom(_) | Self::NoConsole => Code::FAILED_PRECONDITION,
             Self::GuestHangs { .. } | Self::Unanswered(_) => Code::DEADLINE_EXCEEDED,
             Self::GuestEnded { .. } | Self::GuestGone(_) => Code::UNAVAILABLE,
             Self::Agent(_, code) => *code,

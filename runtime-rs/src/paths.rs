@@ -81,6 +81,12 @@ impl Paths {
         self.sockets.join(format!("vsock_{port}"))
     }
 
+    /// The FIFOs of a command in the guest itself, which the process of this number executes.
+    #[must_use]
+    pub fn console_fifos(&self, process: u32) -> PathBuf {
+        self.sockets.join(format!("console_{process}"))
+    }
+
     /// The host's side of what the containers share with the guest.
     #[must_use]
     pub fn mounts(&self) -> PathBuf {

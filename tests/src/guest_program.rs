@@ -45,7 +45,8 @@ impl GuestProgram {
     pub fn image(self, directory: &Path) -> Result<PathBuf> {
         let program = directory.join(format!("{self:?}.elf"));
         fs::write(&program, self.executable()).with_context(|| format!("Cannot write {}", program.display()))?;
-        let image = guest_image::build(&program, &directory.join(format!("{self:?}.img")))?;
+        let image =
+            guest_image::build(&program, guest_image::BUSYBOX.as_ref(), &directory.join(format!("{self:?}.img")))?;
         Ok(image.path)
     }
 

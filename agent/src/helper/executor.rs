@@ -128,7 +128,7 @@ fn search_path(process: &Process) -> &str {
 }
 
 /// Finds a program as execvp(3) would, with Go's texts for what goes wrong (`exec.LookPath`): clients look for them.
-fn find_program(name: &str, path: &str) -> Result<PathBuf, String> {
+pub(super) fn find_program(name: &str, path: &str) -> Result<PathBuf, String> {
     if name.contains('/') {
         return match check_executable(Path::new(name)) {
             Ok(()) => Ok(name.into()),

@@ -144,6 +144,18 @@ impl Host {
     }
 
     pub(crate) async fn exec(&self, id: &str, exec_id: &str, process: &Value, stdio: &Stdio) -> ttrpc::Result<()> {
+        let kind = "types.containerd.io/opencontainers/runtime-spec/1/Process";
+        self.exec_as(id, exec_id, (kind, process.to_string().as_bytes()), stdio).await
+    }
+
+    /// The same with a description of any type.
+    pub(crate) async fn exec_as(
+        &self,
+        id: &str,
+        exec_id: &str,
+        (kind, description): (&str, &[u8]),
+        stdio: &Stdio,
+    ) -> ttrpc::Result<()> {
         let request = ExecProcessRequest {
             id: id.into(),
             exec_id: exec_id.into(),
@@ -151,10 +163,7 @@ impl Host {
             stdin: stdio.stdin.map(stream_field).unwrap_or_default(),
             stdout: stdio.stdout.map(stream_field).unwrap_or_default(),
             stderr: stdio.stderr.map(stream_field).unwrap_or_default(),
-            spec: MessageField::some(any(
-                "types.containerd.io/opencontainers/runtime-spec/1/Process",
-                process.to_string().as_bytes(),
-            )),
+            spec: MessageField::some(any(kind, description)),
             ..Default::default()
         };
         within(self.task.exec(context(), &request)).await.map(drop)

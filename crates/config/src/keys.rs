@@ -98,6 +98,10 @@ pub const KEYS: &[Key] = &[
     },
     Key { name: "agent.kata.enable_debug", value: Value::Flag(|config, flag| config.agent.enable_debug = flag) },
     Key {
+        name: "agent.kata.debug_console_enabled",
+        value: Value::Flag(|config, flag| config.agent.debug_console = flag),
+    },
+    Key {
         name: "agent.kata.reconnect_timeout_ms",
         value: Value::Number {
             min: 100,

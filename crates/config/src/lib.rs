@@ -72,6 +72,8 @@ pub struct Hypervisor {
 pub struct Agent {
     /// The agent logs at debug.
     pub enable_debug: bool,
+    /// The administrator of the node can execute commands in the guest itself.
+    pub debug_console: bool,
     /// From the start of the VM to the agent's dial.
     pub reconnect_timeout: Duration,
     /// One call that makes a container in the guest.
@@ -106,6 +108,7 @@ impl Default for Config {
             },
             agent: Agent {
                 enable_debug: false,
+                debug_console: false,
                 reconnect_timeout: Duration::from_secs(30),
                 create_container_timeout: Duration::from_secs(60),
             },

@@ -7,6 +7,7 @@
 mod check;
 mod cleanup;
 mod containerd;
+mod exec;
 mod list;
 mod logs;
 mod metrics;
@@ -59,6 +60,13 @@ enum Command {
         after_help = "Examples:\n  kata-ctl containerd show\n  kata-ctl containerd add && systemctl restart containerd"
     )]
     Containerd(containerd::Args),
+    /// Execute a command, or a shell, in a sandbox's guest itself, beside its containers, as root.
+    ///
+    /// Pods allow it that were started with `debug_console_enabled` in the [agent.kata] table of the configuration. The
+    /// exit code is the command's, 125 when it was not executed.
+    #[command(after_help = "Examples:\n  kata-ctl exec redis\n  kata-ctl exec k8s.io/8a1f… dmesg | tail\n  \
+        kata-ctl exec --tty redis top")]
+    Exec(exec::Args),
     /// Show what a sandbox's guest wrote to its console.
     ///
     /// There is a log with `enable_debug` in the [hypervisor.dragonball] table of the configuration, while the sandbox
@@ -92,6 +100,8 @@ enum CtlError {
     #[error(transparent)]
     Timeline(#[from] timeline::ShowError),
     #[error(transparent)]
+    Exec(#[from] exec::ExecError),
+    #[error(transparent)]
     NoConsole(#[from] logs::NoConsole),
     #[error(transparent)]
     Containerd(#[from] containerd::ContainerdError),
@@ -120,12 +130,14 @@ impl CtlError {
 /// Runs the command that the arguments of this process name.
 #[must_use]
 pub fn main() -> ExitCode {
-    let result = match &Cli::parse().command {
+    let command = Cli::parse().command;
+    let result = match &command {
         Command::List(args) => list::list(args),
         Command::Top(args) => list::top(args),
         Command::Check(args) => check::run(args),
         Command::Containerd(args) => containerd::run(args),
         Command::Metrics(args) => metrics::run(args),
+        Command::Exec(args) => exec::run(args),
         Command::Logs(args) => logs::run(args),
         Command::Cleanup(args) => cleanup::run(args),
         Command::Timeline(args) => timeline::run(args),
@@ -136,7 +148,7 @@ pub fn main() -> ExitCode {
         Err(CtlError::System(error)) if error.kind() == std::io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("kata-ctl: {}", chain(&error));
-            ExitCode::from(FAILED)
+            ExitCode::from(if matches!(command, Command::Exec(_)) { exec::NOT_EXECUTED } else { FAILED })
         }
     }
 }

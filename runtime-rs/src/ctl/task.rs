@@ -48,16 +48,28 @@ pub(super) enum Ask {
     Usage,
 }
 
+/// Whether containerd has connected to the pod process: that takes the first connection for containerd's, and would wait
+/// for no other one. It has had its first when the shared directory is there.
+fn is_in_use(sandbox: &Sandbox) -> bool {
+    sandbox.paths.mounts().is_dir()
+}
+
+/// The Task API of a running sandbox; nothing when it does not serve it.
+pub(super) async fn connect(sandbox: &Sandbox) -> Option<TaskClient> {
+    if !is_in_use(sandbox) {
+        return None;
+    }
+    let address = format!("unix://{}", sandbox.paths.task_socket().display());
+    Client::connect(&address).await.ok().map(TaskClient::new)
+}
+
 /// The containers of a running sandbox; nothing when its pod process did not answer.
 pub(super) async fn containers(sandbox: &Sandbox, ask: Ask) -> Option<Vec<Container>> {
-    // A pod process takes the first connection for containerd's, and would wait for no other one. It has had its first
-    // when the shared directory is there.
-    if !sandbox.paths.mounts().is_dir() {
+    if !is_in_use(sandbox) {
         return Some(Vec::new());
     }
     let asked = async {
-        let address = format!("unix://{}", sandbox.paths.task_socket().display());
-        let client = TaskClient::new(Client::connect(&address).await.ok()?);
+        let client = connect(sandbox).await?;
         let mut containers = Vec::new();
         for id in sandbox.containers() {
             containers.extend(container(&client, id, ask).await?);

@@ -2,11 +2,12 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use journal::EffectId;
 use protobuf::well_known_types::any::Any;
 use protobuf::{CodedInputStream, MessageField};
+use protocols::GUEST;
 use protocols::agent::NextEventRequest;
 use protocols::agent::event::Event as AgentEvent;
 use protocols::containerd::api::WaitRequest;
@@ -18,6 +19,7 @@ use super::Pod;
 use super::copies::Followed;
 use super::process::{Exit, Phase, Process};
 use super::sandbox::Sandbox;
+use super::stdio::{Names, Pumps};
 use crate::error::{Error, chain};
 use crate::host::blocking;
 use crate::sizing::Demand;
@@ -35,7 +37,18 @@ pub struct Container {
     init: Arc<Process>,
     execs: Mutex<HashMap<String, Arc<Process>>>,
     hold: Mutex<Hold>,
-    pause: bool,
+    kind: Kind,
+}
+
+/// What stands behind the id of a container.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// A container of the guest.
+    Ordinary,
+    /// What stands for a pod: only the host knows it.
+    Pause,
+    /// The guest itself, which containerd does not know.
+    Guest,
 }
 
 /// What a container holds until it is deleted.
@@ -50,10 +63,17 @@ pub struct Hold {
 }
 
 impl Container {
-    /// A container with its init; `pause` is the one that stands for a pod and is known to the host alone.
+    /// A container with its init.
     #[must_use]
-    pub fn new(id: String, bundle: String, init: Arc<Process>, hold: Hold, pause: bool) -> Self {
-        Self { id, bundle, init, execs: Mutex::default(), hold: Mutex::new(hold), pause }
+    pub fn new(id: String, bundle: String, init: Arc<Process>, hold: Hold, kind: Kind) -> Self {
+        Self { id, bundle, init, execs: Mutex::default(), hold: Mutex::new(hold), kind }
+    }
+
+    /// The guest itself, which runs.
+    fn guest() -> Self {
+        let init = Process::new(String::new(), Names::default(), Pumps::default());
+        init.advance(&Phase::Created, Phase::Running);
+        Self::new(GUEST.to_owned(), String::new(), init, Hold::default(), Kind::Guest)
     }
 
     /// Its first process.
@@ -63,7 +83,12 @@ impl Container {
 
     /// Whether only the host knows it.
     pub fn is_pause(&self) -> bool {
-        self.pause
+        self.kind == Kind::Pause
+    }
+
+    /// Whether it is the guest itself.
+    pub fn is_guest(&self) -> bool {
+        self.kind == Kind::Guest
     }
 
     /// Takes what its storage did to the host.
@@ -140,7 +165,10 @@ enum Slot {
 
 /// The containers of a sandbox by id.
 #[derive(Debug, Default)]
-pub struct Containers(Mutex<HashMap<String, Slot>>);
+pub struct Containers {
+    slots: Mutex<HashMap<String, Slot>>,
+    guest: OnceLock<Arc<Container>>,
+}
 
 impl Containers {
     /// Takes an id for a container that is about to be made.
@@ -161,12 +189,20 @@ impl Containers {
     ///
     /// # Errors
     ///
-    /// [`Error::NotFound`], also while it is being made.
+    /// [`Error::NotFound`], also while it is being made; [`Error::NoConsole`] for the guest itself.
     pub fn get(&self, id: &str) -> Result<Arc<Container>, Error> {
+        if id == GUEST {
+            return self.guest.get().cloned().ok_or(Error::NoConsole);
+        }
         match self.lock().get(id) {
             Some(Slot::Made(container)) => Ok(Arc::clone(container)),
             _ => Err(Error::NotFound(format!("container {id}"))),
         }
+    }
+
+    /// Lets commands be executed in the guest itself.
+    pub fn open_debug_console(&self) {
+        self.guest.get_or_init(|| Arc::new(Container::guest()));
     }
 
     /// A container that is being made is no longer wanted: its client gave up.
@@ -191,16 +227,17 @@ impl Containers {
         self.lock().keys().any(|other| other != id)
     }
 
+    /// What has processes in the guest.
     fn all(&self) -> Vec<Arc<Container>> {
         let made = |slot: &Slot| match slot {
             Slot::Made(container) => Some(Arc::clone(container)),
             Slot::Making { .. } => None,
         };
-        self.lock().values().filter_map(made).collect()
+        self.lock().values().filter_map(made).chain(self.guest.get().cloned()).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, HashMap<String, Slot>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -254,9 +291,12 @@ pub fn watch(pod: &Arc<Pod>, container: &Arc<Container>, process: &Arc<Process>)
     });
 }
 
-/// Notes and publishes an exit, once.
+/// Notes an exit and, of a container's process, publishes it, once.
 pub fn stopped(pod: &Pod, container: &Container, process: &Process, exit: Exit) {
     if !process.stop(exit.clone()) {
+        return;
+    }
+    if container.is_guest() {
         return;
     }
     if process.exec_id.is_empty() {
@@ -281,7 +321,7 @@ pub fn watch_sandbox(pod: &Arc<Pod>, sandbox: &Arc<Sandbox>) {
         let reason = watched.ended().await;
         ended.streams.close();
         let containers = ended.containers.all();
-        if !containers.is_empty() {
+        if containers.iter().any(|container| !container.is_guest()) {
             tracing::warn!(reason, "the virtual machine has ended with its containers");
         }
         for container in containers {
@@ -357,8 +397,6 @@ pub fn wrong_phase(action: &str, phase: &Phase) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::pod::stdio::{Names, Pumps};
-
     #[test]
     fn an_id_is_taken_while_its_container_is_being_made_and_free_when_that_fails() {
         let containers = Containers::default();
@@ -371,7 +409,7 @@ mod tests {
         drop(reservation);
         assert!(containers.is_empty());
         let init = Process::new(String::new(), Names::default(), Pumps::default());
-        let container = Container::new("a".into(), "/b".into(), init, Hold::default(), false);
+        let container = Container::new("a".into(), "/b".into(), init, Hold::default(), Kind::Ordinary);
         assert!(!containers.reserve("a").unwrap().fill(container).1);
         assert_eq!(containers.get("a").unwrap().bundle, "/b");
     }

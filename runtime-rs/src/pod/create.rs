@@ -16,7 +16,7 @@ use protocols::containerd::ttrpc;
 use protocols::{BUNDLES_DIR, CONTAINER_OPTIONS_TYPE_URL, SHARED_DIR};
 
 use super::Pod;
-use super::containers::{self, Container, Hold};
+use super::containers::{self, Container, Hold, Kind};
 use super::copies::Watches;
 use super::follow::Follower;
 use super::process::Process;
@@ -218,6 +218,9 @@ async fn found(
 pub(super) async fn boot(pod: &Arc<Pod>, blueprint: &Blueprint) -> Result<Arc<Sandbox>, Error> {
     let boot = async || Ok::<_, Error>(Arc::new(Sandbox::boot(pod, blueprint).await?));
     let sandbox = Arc::clone(pod.gate.unless_closed(pod.sandbox.get_or_try_init(boot)).await?);
+    if blueprint.config.agent.debug_console {
+        pod.containers.open_debug_console();
+    }
     containers::watch_sandbox(pod, &sandbox);
     if let Some(loopback) = &blueprint.network.loopback {
         forward::serve(pod, &sandbox, Arc::clone(loopback));
@@ -261,7 +264,7 @@ fn bind_all(share: &mut Share<'_>, binds: &[Bind]) -> Result<(), Error> {
 /// The container that stands for a pod.
 fn pause(request: &CreateTaskRequest) -> Container {
     let init = Process::new(String::new(), names(request), Pumps::default());
-    Container::new(request.id.clone(), request.bundle.clone(), init, Hold::default(), true)
+    Container::new(request.id.clone(), request.bundle.clone(), init, Hold::default(), Kind::Pause)
 }
 
 /// Makes the machine large enough for the container, and the container in the guest.
@@ -285,7 +288,7 @@ async fn make(pod: &Arc<Pod>, request: &CreateTaskRequest, prepared: Prepared) -
         Ok(pumps) => {
             let init = Process::new(String::new(), names, pumps);
             let hold = Hold { effects, limits, copies: watches.follow(&request.id, &sandbox) };
-            Ok(Container::new(request.id.clone(), request.bundle.clone(), init, hold, false))
+            Ok(Container::new(request.id.clone(), request.bundle.clone(), init, hold, Kind::Ordinary))
         }
         Err(error) => {
             containers::undo(pod, effects).await;

@@ -54,19 +54,25 @@ pub async fn start(pod: &Arc<Pod>, request: &StartRequest) -> Result<(), Error> 
         process.advance(&Phase::Starting, Phase::Created);
         return Err(error);
     }
-    pod.stamp("started");
-    let pid = Pod::pid();
-    if request.exec_id.is_empty() {
-        let event = TaskStart { container_id: container.id.clone(), pid, ..TaskStart::default() };
-        pod.events.publish(TASK_START_EVENT_TOPIC, &event);
-    } else {
-        let (container_id, exec_id) = (container.id.clone(), request.exec_id.clone());
-        let event = TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() };
-        pod.events.publish(TASK_EXEC_STARTED_EVENT_TOPIC, &event);
+    if !container.is_guest() {
+        tell_start(pod, &container, &process);
     }
     // After the event: a process that has ended already is told about only now.
     process.advance(&Phase::Starting, Phase::Running);
     Ok(())
+}
+
+fn tell_start(pod: &Pod, container: &Container, process: &Process) {
+    pod.stamp("started");
+    let (pid, container_id) = (Pod::pid(), container.id.clone());
+    if process.exec_id.is_empty() {
+        let event = TaskStart { container_id, pid, ..TaskStart::default() };
+        pod.events.publish(TASK_START_EVENT_TOPIC, &event);
+    } else {
+        let exec_id = process.exec_id.clone();
+        let event = TaskExecStarted { container_id, exec_id, pid, ..TaskExecStarted::default() };
+        pod.events.publish(TASK_EXEC_STARTED_EVENT_TOPIC, &event);
+    }
 }
 
 async fn start_in_guest(pod: &Pod, request: &StartRequest, process: &Process) -> Result<(), Error> {
@@ -101,7 +107,9 @@ pub async fn exec(pod: &Arc<Pod>, mut request: ExecProcessRequest) -> Result<(),
         stderr: std::mem::take(&mut request.stderr),
         terminal: request.terminal,
     };
-    let (streams, pumps) = Pumps::start(&names, &pod.streams, &pod.first_byte).await?;
+    // The first byte that counts is a container's.
+    let first_byte = if container.is_guest() { &Arc::default() } else { &pod.first_byte };
+    let (streams, pumps) = Pumps::start(&names, &pod.streams, first_byte).await?;
     let process = Process::new(request.exec_id.clone(), names, pumps);
     container.add_exec(Arc::clone(&process))?;
     (request.stdin, request.stdout, request.stderr) = (streams.stdin, streams.stdout, streams.stderr);
@@ -110,9 +118,11 @@ pub async fn exec(pod: &Arc<Pod>, mut request: ExecProcessRequest) -> Result<(),
         container.remove_exec(&request.exec_id);
         return Err(sandbox.explain(error));
     }
-    let (container_id, exec_id) = (request.id, request.exec_id);
-    let event = TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() };
-    pod.events.publish(TASK_EXEC_ADDED_EVENT_TOPIC, &event);
+    if !container.is_guest() {
+        let (container_id, exec_id) = (request.id, request.exec_id);
+        let event = TaskExecAdded { container_id, exec_id, ..TaskExecAdded::default() };
+        pod.events.publish(TASK_EXEC_ADDED_EVENT_TOPIC, &event);
+    }
     containers::watch(pod, &container, &process);
     Ok(())
 }
@@ -342,9 +352,12 @@ pub async fn stats(pod: &Arc<Pod>, request: &StatsRequest) -> Result<StatsRespon
     sandbox.task.stats(deadline(), request).await.map_err(|error| sandbox.explain(error))
 }
 
-/// A container that the guest knows.
+/// A container of the guest.
 fn member(pod: &Pod, id: &str, action: &str) -> Result<Arc<Container>, Error> {
     let container = pod.containers.get(id)?;
+    if container.is_guest() {
+        return Err(Error::Unsupported(format!("cannot {action} the guest itself; {action} its containers")));
+    }
     if container.is_pause() {
         let text = format!("cannot {action} a sandbox container; {action} the pod's containers");
         return Err(Error::Unsupported(text));

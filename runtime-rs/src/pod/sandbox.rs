@@ -118,7 +118,7 @@ impl Sandbox {
     }
 
     async fn setup(&self, pod: &Pod, blueprint: &Blueprint) -> Result<(), Error> {
-        let Blueprint { hostname, network, sysctls, shm_size, .. } = blueprint;
+        let Blueprint { config, hostname, network, sysctls, shm_size, .. } = blueprint;
         let mut entropy = vec![0; ENTROPY];
         fill_random(&mut entropy)?;
         let since_epoch = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
@@ -138,6 +138,7 @@ impl Sandbox {
             realtime_ns: i64::try_from(since_epoch.as_nanos()).unwrap_or(i64::MAX),
             entropy,
             shm_size: *shm_size,
+            debug_console: config.agent.debug_console,
             ..SetupRequest::default()
         };
         let sent = timeline::now_ns();

@@ -14,6 +14,7 @@ mod node;
 
 mod cleanup;
 mod ctl;
+mod exec;
 mod install;
 mod installed;
 mod metrics;
@@ -22,5 +23,5 @@ mod sandboxes;
 use entry::trial;
 
 fn main() -> std::process::ExitCode {
-    entry::enter([sandboxes::all(), metrics::all(), cleanup::all(), installed::all(), install::all()])
+    entry::enter([sandboxes::all(), exec::all(), metrics::all(), cleanup::all(), installed::all(), install::all()])
 }

@@ -28,7 +28,7 @@ pub(crate) fn all() -> Vec<Trial> {
 pub(crate) async fn ctl(node: &Node, arguments: &[&str]) -> Printed {
     let root = node.root().display().to_string();
     let mut all = arguments.to_vec();
-    all.extend(["--root", &root]);
+    all.splice(1..1, ["--root", &root]);
     run(command(&node.path("configuration.toml"), &all)).await
 }
 

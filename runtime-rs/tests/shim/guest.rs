@@ -19,15 +19,15 @@ use protobuf::well_known_types::empty::Empty;
 use protobuf::well_known_types::timestamp::Timestamp;
 use protobuf::{Message, MessageField};
 use protocols::agent::{
-    ContainerOptions, Event, GuestStamp, NextEventRequest, OnlineCpuMemRequest, OnlineCpuMemResponse, SetupRequest,
-    SetupResponse, UpdateNetworkRequest, UpdateNetworkResponse,
+    ContainerOptions, Event, GuestCommand, GuestStamp, NextEventRequest, OnlineCpuMemRequest, OnlineCpuMemResponse,
+    SetupRequest, SetupResponse, UpdateNetworkRequest, UpdateNetworkResponse,
 };
 use protocols::agent_ttrpc::{AgentService, create_agent_service};
 use protocols::containerd::api::*;
 use protocols::containerd::cgroups_v2::metrics::{CPUStat, MemoryStat, Metrics, PidsStat};
 use protocols::containerd::shim_async::{Task, create_task};
 use protocols::containerd::ttrpc;
-use protocols::{AGENT_PORT, SHARED_DIR, STREAM_PORT};
+use protocols::{AGENT_PORT, GUEST, GUEST_COMMAND_TYPE_URL, SHARED_DIR, STREAM_PORT};
 use runtime_rs::machine::{
     ChangeError, ExitReason, FirstDevices, Hardware, HostDevice, LaunchError, Launcher, Machine, Plan, Plugged,
 };
@@ -278,9 +278,14 @@ impl Task for Agent {
     }
 
     async fn exec(&self, _: &TtrpcContext, request: ExecProcessRequest) -> ttrpc::Result<Empty> {
-        let directory = self.find(&request.id, "")?.directory.clone();
-        let spec: serde_json::Value = serde_json::from_slice(&request.spec.value).unwrap();
-        let process = process((request.stdin, request.stdout, request.stderr), arguments(&spec), &directory);
+        let (arguments, directory) = if request.id == GUEST {
+            assert_eq!(request.spec.type_url, GUEST_COMMAND_TYPE_URL);
+            (GuestCommand::parse_from_bytes(&request.spec.value).unwrap().arguments, PathBuf::from("/"))
+        } else {
+            let spec: serde_json::Value = serde_json::from_slice(&request.spec.value).unwrap();
+            (arguments(&spec), self.find(&request.id, "")?.directory.clone())
+        };
+        let process = process((request.stdin, request.stdout, request.stderr), arguments, &directory);
         self.add(&request.id, &request.exec_id, process);
         Ok(Empty::new())
     }
@@ -291,6 +296,9 @@ impl Task for Agent {
             return futures::future::pending().await;
         }
         let process = self.find(&request.id, &request.exec_id)?;
+        if process.arguments[0] == "/no/such/program" {
+            return Err(ttrpc::error::get_rpc_status(ttrpc::Code::UNKNOWN, "no such program"));
+        }
         let mut command = tokio::process::Command::new(&process.arguments[0]);
         command.args(&process.arguments[1..]).current_dir(&process.directory).process_group(0);
         // As in a machine: nothing outlives it.

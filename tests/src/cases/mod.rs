@@ -9,6 +9,7 @@ mod disks;
 mod docker;
 mod exec;
 mod exit;
+mod guest_console;
 mod leftover;
 mod many;
 mod network;
@@ -51,6 +52,7 @@ pub fn all() -> Vec<Case> {
         cri::security::CASES,
         cri::volumes::CASES,
         leftover::CASES,
+        guest_console::CASES,
         bad_input::CASES,
         bad_guest::CASES,
     ];
