@@ -7,8 +7,9 @@
 //!
 //! - **Changes by others.** The guest looks a name up each time that a program uses it, so what the host or another guest
 //!   made, renamed or removed is seen at once, and with it the file's attributes. In directories that only this guest
-//!   changes ([`FsConfig::guest_only`]) it may use a name for [`CACHE_TIMEOUT`]. Content is taken from the host at each
-//!   open; a program that has a file open sees what others write within [`CACHE_TIMEOUT`], unless it reads with `O_DIRECT`.
+//!   changes ([`FsConfig::guest_only`]) it may use a name for [`CACHE_TIMEOUT`], and keeps a file's content as
+//!   long as its size and times are the same. Elsewhere content is taken from the host at each open. A program that has a
+//!   file open sees what others write within [`CACHE_TIMEOUT`], unless it reads with `O_DIRECT`.
 //! - **Mounts that come later.** A lookup sees what is mounted at that moment.
 //! - **Inode numbers.** Several mounts have the same numbers; the guest sees numbers of this device instead, one per
 //!   file for the device's whole life, so that no program in the guest takes two files for one.
@@ -35,6 +36,7 @@ mod island;
 mod mirror;
 mod shared;
 mod thread;
+mod version;
 
 use island::Island;
 use shared::SharedDirectory;

@@ -4,7 +4,8 @@
 //! - The guest sees the device's own inode numbers (`nodeid`) everywhere, which are unique across mounts.
 //! - The number of descriptors is bounded, and what the guest holds is counted.
 //! - Larger requests are negotiated than the library does by itself, and access control lists.
-//! - How long the guest may use a name without looking it up depends on who changes it.
+//! - How long the guest may use a name without looking it up, and a file's content without reading it, depends on who
+//!   changes them.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -12,7 +13,7 @@ use std::io;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use fuse_backend_rs::abi::fuse_abi::{CreateIn, ROOT_ID, stat64, statvfs64};
 use fuse_backend_rs::api::filesystem::{
@@ -23,6 +24,7 @@ use fuse_backend_rs::passthrough::{CachePolicy, Config, PassthroughFs};
 use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::{Mode, umask};
 
+use super::version::Version;
 use super::{CACHE_TIMEOUT, RESERVED_DESCRIPTORS};
 
 /// The longest value and the longest list of names of extended attributes (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
@@ -65,6 +67,8 @@ struct Known {
     /// How often it was given.
     count: u64,
     place: Place,
+    /// The version that the guest's kernel has nothing older of: it drops a file's pages when it opens it.
+    opened: Option<Version>,
 }
 
 /// Where an inode is, which says who changes the names in it.
@@ -160,7 +164,7 @@ impl SharedDirectory {
             Place::Top | Place::Everyones => Place::Everyones,
         };
         if entry.inode != ROOT_ID {
-            let known = lookups.entry(entry.inode).or_insert(Known { count: 0, place });
+            let known = lookups.entry(entry.inode).or_insert(Known { count: 0, place, opened: None });
             known.count = known.count.saturating_add(1);
             if known.place != place {
                 // It is in two places.
@@ -182,6 +186,18 @@ impl SharedDirectory {
                 lookups.remove(&inode);
             }
         }
+    }
+
+    /// Whether the guest's kernel may keep the pages that it has of a file which is being opened. Only where nobody else
+    /// changes it: what others have mapped, they change unseen.
+    fn keeps_pages(&self, ctx: &Context, inode: u64) -> bool {
+        let Ok((attributes, _)) = self.inner.getattr(ctx, inode, None) else { return false };
+        let version = Version::of(&attributes);
+        let mut lookups = self.lookups();
+        let Some(known) = lookups.get_mut(&inode).filter(|known| known.place == Place::GuestOnly) else { return false };
+        let settled = version.is_settled(SystemTime::now()).then_some(version);
+        let before = std::mem::replace(&mut known.opened, settled);
+        settled.is_some() && before == settled
     }
 
     fn opened(&self, handle: Option<u64>) {
@@ -325,9 +341,10 @@ impl FileSystem for SharedDirectory {
         fuse_flags: u32,
     ) -> io::Result<(Option<u64>, OpenOptions, Option<u32>)> {
         self.check_limit()?;
-        let opened = self.inner.open(ctx, inode, flags, fuse_flags)?;
-        self.opened(opened.0);
-        Ok(opened)
+        let (handle, mut options, passthrough) = self.inner.open(ctx, inode, flags, fuse_flags)?;
+        self.opened(handle);
+        options.set(OpenOptions::KEEP_CACHE, self.keeps_pages(ctx, inode));
+        Ok((handle, options, passthrough))
     }
 
     fn create(

@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt, symlink};
 use std::path::Path;
+use std::time::Instant;
 
 use fuse_backend_rs::abi::fuse_abi::{
     CreateIn, EntryOut, FallocateIn, FsOptions, FsyncIn, GetxattrIn, InHeader, InitIn, Kstatfs, LinkIn, MkdirIn,
@@ -19,6 +20,8 @@ mod files;
 mod hostile;
 mod mounts;
 
+/// No test waits for this long.
+const HANG_GUARD: Duration = Duration::from_secs(60);
 /// Room for an answer.
 const ANSWER: u32 = 128 << 10;
 /// Room for a request.
@@ -147,6 +150,26 @@ impl Client {
         let opcode = if flags & libc::O_DIRECTORY == 0 { Opcode::Open } else { Opcode::Opendir };
         let answer = self.call(opcode, node, body.as_slice())?;
         Ok(OpenOut::from_slice(&answer).unwrap().fh)
+    }
+
+    /// Opens and closes a file; answers whether the guest's kernel may keep its pages (FOPEN_KEEP_CACHE).
+    fn keeps_pages(&mut self, node: u64, flags: i32) -> bool {
+        let body = OpenIn { flags: flags.cast_unsigned(), fuse_flags: 0 };
+        let answer = self.call(Opcode::Open, node, body.as_slice()).unwrap();
+        let opened = *OpenOut::from_slice(&answer).unwrap();
+        self.release(node, opened.fh);
+        opened.open_flags & 2 != 0
+    }
+
+    /// The same, once the file has been opened before and is as old as the host's clock can tell.
+    fn settles(&mut self, node: u64) -> bool {
+        let begun = Instant::now();
+        while begun.elapsed() < HANG_GUARD {
+            if self.keeps_pages(node, libc::O_RDONLY) {
+                return true;
+            }
+        }
+        false
     }
 
     fn release(&mut self, node: u64, handle: u64) {

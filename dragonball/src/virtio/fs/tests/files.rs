@@ -212,6 +212,32 @@ fn names_are_kept_where_the_guest_alone_changes_them() {
 }
 
 #[test]
+fn the_content_of_a_file_is_kept_where_the_guest_alone_changes_it_until_it_changes() {
+    let mut client = Client::new();
+    for directory in ["one/rootfs", "one/mounts"] {
+        fs::create_dir_all(client.host(directory)).unwrap();
+        fs::write(client.host(&format!("{directory}/file")), "first").unwrap();
+    }
+    let (own, shared) = (client.walk("one/rootfs/file"), client.walk("one/mounts/file"));
+    assert!(!client.keeps_pages(own, libc::O_RDONLY), "the guest may have pages of long ago");
+    assert!(client.settles(own));
+    assert!(client.keeps_pages(own, libc::O_RDONLY) && client.keeps_pages(own, libc::O_RDWR));
+    assert!(!client.keeps_pages(shared, libc::O_RDONLY), "others change it, some of them by memory that they map");
+
+    // A change of as many bytes, by the host against the rule.
+    fs::write(client.host("one/rootfs/file"), "other").unwrap();
+    assert!(!client.keeps_pages(own, libc::O_RDONLY));
+    assert!(client.settles(own));
+    assert!(!client.keeps_pages(own, libc::O_RDWR | libc::O_TRUNC));
+    // What it writes itself, it reads again.
+    assert!(client.settles(own));
+    let handle = client.open(own, libc::O_RDWR).unwrap();
+    client.write(own, handle, 0, b"third").unwrap();
+    client.release(own, handle);
+    assert!(!client.keeps_pages(own, libc::O_RDONLY));
+}
+
+#[test]
 fn a_default_access_control_list_stands_in_for_the_umask() {
     let mut client = Client::new();
     client.mkdir(ROOT_ID, "plain", 0o777).unwrap();
