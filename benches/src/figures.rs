@@ -296,7 +296,26 @@ fn pods(site: &Site, clock: Clock, inputs: &Inputs, report: &mut Report) -> Resu
         let names = pods::HANDLERS.map(|handler| format!("{handler}: {what}"));
         compare(report, "Pods by the CRI, virtual time", [&names[0], &names[1]], [&own?, &peer?], goal);
     }
+    let one = sample(&samples, "pod pss", KIB_PER_MIB)?;
+    let figure = Figure::new("Pods", "pod process with one container, by the CRI: PSS", "MiB", &one);
+    report.figures.push(figure.with_goal(Goal::AtMost(8.0)));
+    let further = sample(&samples, "container pss", 1.0)?;
+    let figure = Figure::new("Pods", "each further container: PSS of the pod process", "KiB", &further);
+    report.figures.push(figure.with_goal(Goal::AtMost(100.0)));
+    report.notes.push(longest_hops(&samples)?);
     Ok(())
+}
+
+/// The hops that a client waits for longest, by their medians.
+fn longest_hops(samples: &Samples) -> Result<String> {
+    let mut hops = Vec::new();
+    for name in samples.keys().filter_map(|name| name.strip_prefix(pods::HOP)) {
+        hops.push((name, sample(samples, &format!("{}{name}", pods::HOP), 1.0)?.median()));
+    }
+    hops.sort_by(|a, b| b.1.total_cmp(&a.1));
+    let longest = hops.iter().take(3).map(|(name, took)| format!("to \"{name}\" ({} ms)", round(*took)));
+    let longest = longest.collect::<Vec<_>>().join(", ");
+    Ok(format!("The three longest hops of a pod of kata until its container's first byte: {longest}."))
 }
 
 /// What a guest's memory is used for, the largest first: the kernel's own counters as a container saw them.
@@ -323,6 +342,22 @@ fn causes(samples: &Samples, kernel: &Path) -> Result<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_three_longest_hops_are_named_in_order() {
+        let hop = |name: &str, values: &[f64]| (format!("{}{name}", pods::HOP), values.to_vec());
+        let samples: Samples = [
+            hop("Create", &[1.0, 1.0, 50.0]),
+            hop("agent dialled", &[60.0, 62.0, 61.0]),
+            hop("first output", &[20.0, 21.0, 19.0]),
+            hop("started", &[5.0, 4.0, 6.0]),
+            ("kata pod".to_owned(), vec![1000.0]),
+        ]
+        .into();
+        let text = longest_hops(&samples).unwrap();
+        let expected = "to \"agent dialled\" (61.0 ms), to \"first output\" (20.0 ms), to \"started\" (5.00 ms).";
+        assert!(text.ends_with(expected), "{text}");
+    }
 
     #[test]
     fn the_three_largest_causes_are_named_in_order() {

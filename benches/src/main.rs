@@ -227,12 +227,11 @@ fn take_samples(measure: Measure) -> Result<()> {
         }
         Measure::Idle { kernel, image } => samples.extend(idle::measure(&kernel, &image)?),
         Measure::Pods { archive, rounds, crowds, limit } => {
-            containers::configure(limit)?;
             let archives: Vec<&Path> = archive.iter().map(PathBuf::as_path).collect();
-            samples.extend(pods::measure(&archives, rounds, crowds)?);
+            samples.extend(pods::measure(&archives, rounds, crowds, limit)?);
         }
         Measure::Containers { archive, rounds, limit } => {
-            containers::configure(limit)?;
+            containers::configure(limit, None)?;
             let image = containers::import(&archive)?;
             samples.extend(containers::measure_run(&image, rounds)?);
             memory::without_huge_pages()?;

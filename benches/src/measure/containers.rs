@@ -8,7 +8,7 @@ use std::time::Instant;
 use anyhow::{Context as _, Result, bail};
 use config::Config;
 
-use super::smaps::usage;
+use super::smaps::{Usage, usage};
 use super::{Samples, push, retry};
 
 /// Name of our runtime at containerd.
@@ -31,13 +31,15 @@ fn ctr(arguments: &[&str]) -> Result<Output> {
 }
 
 /// Lets a guest that does not boot, or hangs before its container is made, fail after `limit` seconds instead of half a
-/// minute or a whole one, which under the virtual clock last an hour.
+/// minute or a whole one, which under the virtual clock last an hour; and has timelines written to a directory.
 ///
 /// # Errors
 /// When the runtime's configuration cannot be written.
-pub fn configure(limit: u16) -> Result<()> {
+pub fn configure(limit: u16, timelines: Option<&Path>) -> Result<()> {
     const FILE: &str = "/etc/kata-containers/configuration.toml";
-    let text = format!("[agent.kata]\nreconnect_timeout_ms = {limit}000\ncreate_container_timeout = {limit}\n");
+    let agent = format!("[agent.kata]\nreconnect_timeout_ms = {limit}000\ncreate_container_timeout = {limit}\n");
+    let runtime = timelines.map(|path| format!("[runtime]\ntimeline_dir = \"{}\"\n", path.display()));
+    let text = agent + &runtime.unwrap_or_default();
     fs::create_dir_all("/etc/kata-containers")
         .and_then(|()| fs::write(FILE, text))
         .with_context(|| format!("Cannot write {FILE}"))
@@ -125,26 +127,35 @@ pub fn measure_pods(image: &str) -> Result<Samples> {
 }
 
 fn pods() -> Result<Samples> {
-    let guest_size =
-        Config::load(None).context("Cannot read the runtime's configuration")?.0.hypervisor.default_memory / 1024;
     let mut samples = Samples::new();
-    for entry in fs::read_dir("/proc").context("Cannot read /proc")? {
-        let entry = entry.context("Cannot read /proc")?;
-        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
-        if fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == Path::new(POD_PROGRAM)) {
-            // Other processes of that program own no guest memory.
-            let memory = usage(pid, guest_size)?;
-            if memory.guest > 0 {
-                push(&mut samples, "pod rss", memory.own_rss as f64);
-                push(&mut samples, "pod pss", memory.own_pss as f64);
-                push(&mut samples, "pod guest", memory.guest as f64);
-            }
-        }
+    for memory in pod_processes()? {
+        push(&mut samples, "pod rss", memory.own_rss as f64);
+        push(&mut samples, "pod pss", memory.own_pss as f64);
+        push(&mut samples, "pod guest", memory.guest as f64);
     }
     match samples.get("pod pss").map(Vec::len) {
         Some(CROWD) => Ok(samples),
         found => bail!("{} of {CROWD} pods have a process with guest memory", found.unwrap_or_default()),
     }
+}
+
+/// The memory of each pod process of this machine.
+///
+/// # Errors
+/// When the configuration, which says how much memory guests have, or a process cannot be read.
+pub fn pod_processes() -> Result<Vec<Usage>> {
+    let guest_size =
+        Config::load(None).context("Cannot read the runtime's configuration")?.0.hypervisor.default_memory / 1024;
+    let mut found = Vec::new();
+    for entry in fs::read_dir("/proc").context("Cannot read /proc")? {
+        let entry = entry.context("Cannot read /proc")?;
+        let Ok(pid) = entry.file_name().to_string_lossy().parse::<u32>() else { continue };
+        if fs::read_link(entry.path().join("exe")).is_ok_and(|exe| exe == Path::new(POD_PROGRAM)) {
+            // Other processes of that program own no guest memory.
+            found.extend(Some(usage(pid, guest_size)?).filter(|memory| memory.guest > 0));
+        }
+    }
+    Ok(found)
 }
 
 #[cfg(test)]

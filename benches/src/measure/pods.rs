@@ -1,19 +1,20 @@
 //! What a pod costs through containerd's CRI: from the request for the pod to the first byte of its container, alone and
-//! together with others.
+//! together with others, and in memory.
 
 use std::os::fd::AsFd as _;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use nix::sys::signal::Signal;
 use tests::containerd::{Containerd, PAUSE, Purpose};
 use tests::context::BUSYBOX;
 use tests::cri::{ContainerSpec, Cri, Pod, PodSpec};
 use tests::ctr::Ctr;
 use tests::event::{Deadline, Watch, readable};
+use timeline::{Lane, Timeline};
 
-use super::{Samples, push, retry};
+use super::{Samples, containers, push, retry};
 
 /// Runtime handlers that are compared.
 pub const HANDLERS: [&str; 2] = ["kata", "runc"];
@@ -24,13 +25,25 @@ const NAMESPACE: &str = "k8s.io";
 /// A guard against hangs, in the machine's time: no measurement ends by it.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// What the samples of our hops are called, before their own names.
+pub const HOP: &str = "hop ";
+/// The stamp of the last hop that a client waits for.
+const LAST_HOP: &str = "first output";
+/// How many containers a pod gets beyond its first when their memory is measured.
+const FURTHER: usize = 20;
+
 /// Makes pods with one container by both runtimes, one after the other: first a round that is thrown away, then `rounds`
-/// that count; then [`CROWD`] of each at once, `crowds` times. Samples `HANDLER pod` and `HANDLER crowd`, in milliseconds.
+/// that count; then [`CROWD`] of each at once, `crowds` times. Samples `HANDLER pod` and `HANDLER crowd`, in milliseconds;
+/// [`HOP`] and a name for each hop of ours; and in KiB `pod pss` of a pod process with one container, and `container pss`,
+/// by which that grows with each further one.
 ///
 /// # Errors
 /// When a pod fails.
-pub fn measure(archives: &[&Path], rounds: usize, crowds: usize) -> Result<Samples> {
+pub fn measure(archives: &[&Path], rounds: usize, crowds: usize, limit: u16) -> Result<Samples> {
     let directory = tempfile::tempdir().context("Cannot make a directory")?;
+    let timelines = directory.path().join("timelines");
+    std::fs::create_dir(&timelines).context("Cannot make a directory")?;
+    containers::configure(limit, Some(&timelines))?;
     let deadline = Deadline::after(PATIENCE);
     let place = directory.path().join("containerd");
     let containerd = Containerd::start(Path::new("containerd"), &place, Purpose::Pods, &[], deadline)?;
@@ -51,12 +64,16 @@ pub fn measure(archives: &[&Path], rounds: usize, crowds: usize) -> Result<Sampl
     let mut samples = Samples::new();
     for round in 0..=rounds {
         for handler in HANDLERS {
-            let took = retry(|| alone(&cri, handler, directory.path()))?;
+            let (took, id) = retry(|| alone(&cri, handler, directory.path()))?;
             if round > 0 {
                 push(&mut samples, &format!("{handler} pod"), took);
+                if handler == HANDLERS[0] {
+                    hops(&timelines.join(format!("{id}.json")), &mut samples)?;
+                }
             }
         }
     }
+    memory(&cri, directory.path(), &mut samples)?;
     for _ in 0..crowds {
         for handler in HANDLERS {
             push(&mut samples, &format!("{handler} crowd"), retry(|| together(&cri, handler, directory.path()))?);
@@ -65,12 +82,49 @@ pub fn measure(archives: &[&Path], rounds: usize, crowds: usize) -> Result<Sampl
     Ok(samples)
 }
 
-/// Milliseconds until the first byte of one pod.
-fn alone(cri: &Cri, handler: &str, directory: &Path) -> Result<f64> {
+/// Milliseconds until the first byte of one pod, and its id.
+fn alone(cri: &Cri, handler: &str, directory: &Path) -> Result<(f64, String)> {
     let start = Instant::now();
     let (pod, at) = first_byte(cri, handler, "pod", directory)?;
+    let id = pod.id.clone();
     pod.remove()?;
-    Ok((at - start).as_secs_f64() * 1e3)
+    Ok(((at - start).as_secs_f64() * 1e3, id))
+}
+
+/// The host's hops of a pod that has ended, up to the last that a client waits for, in milliseconds.
+fn hops(path: &Path, samples: &mut Samples) -> Result<()> {
+    let text = std::fs::read_to_string(path).with_context(|| format!("Cannot read {}", path.display()))?;
+    let timeline = Timeline::from_json(&text)?;
+    for (name, took) in timeline.hops(Lane::Host) {
+        push(samples, &format!("{HOP}{name}"), took as f64 / 1e6);
+        if name == LAST_HOP {
+            return Ok(());
+        }
+    }
+    bail!("{} has no hop {LAST_HOP:?}", path.display())
+}
+
+/// What the process of a pod has with one container, and how much more with each further one.
+fn memory(cri: &Cri, directory: &Path, samples: &mut Samples) -> Result<()> {
+    let (pod, _) = retry(|| first_byte(cri, HANDLERS[0], "pod", directory))?;
+    let measured = pod_pss().and_then(|one| {
+        for number in 0..FURTHER {
+            pod.run(ContainerSpec::new(&format!("further-{number}"), BUSYBOX, &["sleep", "1000000"]))?;
+        }
+        Ok((one, pod_pss()?))
+    });
+    pod.remove()?;
+    let (one, many) = measured?;
+    push(samples, "pod pss", one);
+    push(samples, "container pss", (many - one) / FURTHER as f64);
+    Ok(())
+}
+
+/// The only pod's, in KiB.
+fn pod_pss() -> Result<f64> {
+    let found = containers::pod_processes()?;
+    ensure!(found.len() == 1, "{} pods have a process with guest memory", found.len());
+    Ok(found[0].own_pss as f64)
 }
 
 /// Milliseconds until the first byte of the last of many pods.

@@ -131,6 +131,14 @@ impl Timeline {
         svg::render(self)
     }
 
+    /// The hops of one lane in the order of time: what ended each, and how many nanoseconds it took.
+    pub fn hops(&self, lane: Lane) -> impl Iterator<Item = (&str, u64)> {
+        self.spans()
+            .into_iter()
+            .filter(move |(stamp, ..)| stamp.lane == lane)
+            .map(|(stamp, _, took)| (&*stamp.name, took))
+    }
+
     /// Per stamp: nanoseconds since the first stamp, and nanoseconds since the one before in its lane.
     fn spans(&self) -> Vec<(&Stamp, u64, u64)> {
         let mut stamps: Vec<&Stamp> = self.stamps.iter().collect();
