@@ -51,7 +51,7 @@ impl From<ttrpc::Error> for ExecError {
     }
 }
 
-/// The exit code when the command was not executed, as of docker's exec: smaller ones are the command's own.
+/// The exit code when the command was not executed, as of docker's exec; any other is the command's own.
 pub(super) const NOT_EXECUTED: u8 = 125;
 
 const SHELL: &str = "sh";
