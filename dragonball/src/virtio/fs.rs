@@ -6,10 +6,10 @@
 //! What the directory may hold, and what follows from it:
 //!
 //! - **Changes by others.** The guest looks a name up each time that a program uses it, so what the host or another guest
-//!   made, renamed or removed is seen at once, and with it the file's attributes. In directories that only this guest
-//!   changes ([`FsConfig::guest_only`]) it may use a name for [`CACHE_TIMEOUT`], and keeps a file's content as
-//!   long as its size and times are the same. Elsewhere content is taken from the host at each open. A program that has a
-//!   file open sees what others write within [`CACHE_TIMEOUT`], unless it reads with `O_DIRECT`.
+//!   made, renamed or removed is seen at once, and with it the file's attributes. Content is taken from the host at each
+//!   open. A program that has a file open sees what others write within [`CACHE_TIMEOUT`], unless it reads with `O_DIRECT`.
+//! - **Changes by this guest alone.** In directories that only it changes ([`FsConfig::guest_only`]) it uses names and
+//!   attributes for [`GUEST_ONLY_TIMEOUT`], and keeps a file's content as long as its size and times are the same.
 //! - **Mounts that come later.** A lookup sees what is mounted at that moment.
 //! - **Inode numbers.** Several mounts have the same numbers; the guest sees numbers of this device instead, one per
 //!   file for the device's whole life, so that no program in the guest takes two files for one.
@@ -41,8 +41,11 @@ mod version;
 use island::Island;
 use shared::SharedDirectory;
 
-/// How long the guest may take a file's attributes, and names in directories that only it changes, for what they were.
+/// How long the guest may take a file's attributes for what they were.
 pub const CACHE_TIMEOUT: Duration = Duration::from_secs(1);
+/// The same, and for names, in directories that only it changes. The host can change something there against the rule:
+/// then this is how long the guest may not see it.
+pub const GUEST_ONLY_TIMEOUT: Duration = Duration::from_secs(60);
 /// How many descriptors the device leaves to the rest of the process.
 pub const RESERVED_DESCRIPTORS: u64 = 256;
 

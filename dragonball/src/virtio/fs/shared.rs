@@ -25,7 +25,7 @@ use nix::sys::resource::{Resource, getrlimit};
 use nix::sys::stat::{Mode, umask};
 
 use super::version::Version;
-use super::{CACHE_TIMEOUT, RESERVED_DESCRIPTORS};
+use super::{CACHE_TIMEOUT, GUEST_ONLY_TIMEOUT, RESERVED_DESCRIPTORS};
 
 /// The longest value and the longest list of names of extended attributes (`XATTR_SIZE_MAX`, `XATTR_LIST_MAX`).
 const MAX_XATTR: u32 = 64 << 10;
@@ -45,6 +45,11 @@ const OPTIONS: FsOptions = FsOptions::ASYNC_READ
     .union(FsOptions::CACHE_SYMLINKS)
     .union(FsOptions::POSIX_ACL)
     .union(FsOptions::DONT_MASK);
+
+/// `FOPEN_NOFLUSH` (linux/fuse.h), which the library does not know: closing is no request. What was opened to be read
+/// has nothing for the host then.
+// SAFETY: the type is a number of bits, each of which may be set.
+const NO_FLUSH: OpenOptions = unsafe { OpenOptions::from_bits_unchecked(1 << 5) };
 
 /// A directory of the host as the guest's kernel uses it.
 pub(super) struct SharedDirectory {
@@ -84,6 +89,12 @@ enum Place {
     Everyones,
 }
 
+/// How long the guest may take the attributes of an inode for what they were.
+fn attr_timeout(known: Option<&Known>) -> Duration {
+    let guest_only = known.is_some_and(|known| known.place == Place::GuestOnly);
+    if guest_only { GUEST_ONLY_TIMEOUT } else { CACHE_TIMEOUT }
+}
+
 impl SharedDirectory {
     /// Shares the directory `path`; `guest_only` names the directories in those below it that only the guest changes.
     pub(super) fn open(path: &Path, guest_only: Option<String>) -> io::Result<Self> {
@@ -93,8 +104,6 @@ impl SharedDirectory {
         let root = path.to_str().filter(|path| !path.contains('\0'));
         let config = Config {
             root_dir: root.ok_or_else(|| io::Error::from(io::ErrorKind::InvalidFilename))?.to_owned(),
-            entry_timeout: CACHE_TIMEOUT,
-            attr_timeout: CACHE_TIMEOUT,
             cache_policy: CachePolicy::Auto,
             xattr: true,
             killpriv_v2: true,
@@ -156,6 +165,7 @@ impl SharedDirectory {
 
     /// Notes that the guest's kernel gets `entry`, under the device's inode number, as `name` in `parent`.
     fn give(&self, mut entry: Entry, parent: u64, name: &CStr) -> Entry {
+        (entry.entry_timeout, entry.attr_timeout) = (Duration::ZERO, CACHE_TIMEOUT);
         let mut lookups = self.lookups();
         let place = match lookups.get(&parent).map_or(Place::Root, |parent| parent.place) {
             Place::Root => Place::Top,
@@ -171,8 +181,9 @@ impl SharedDirectory {
                 known.place = Place::Everyones;
             }
         }
-        if place != Place::GuestOnly {
-            entry.entry_timeout = Duration::ZERO;
+        if place == Place::GuestOnly {
+            entry.entry_timeout = GUEST_ONLY_TIMEOUT;
+            entry.attr_timeout = attr_timeout(lookups.get(&entry.inode));
         }
         entry.attr.st_ino = entry.inode;
         entry
@@ -269,9 +280,9 @@ impl FileSystem for SharedDirectory {
     }
 
     fn getattr(&self, ctx: &Context, inode: u64, handle: Option<u64>) -> io::Result<(stat64, Duration)> {
-        let (mut attributes, timeout) = self.inner.getattr(ctx, inode, handle)?;
+        let (mut attributes, _) = self.inner.getattr(ctx, inode, handle)?;
         attributes.st_ino = inode;
-        Ok((attributes, timeout))
+        Ok((attributes, attr_timeout(self.lookups().get(&inode))))
     }
 
     fn setattr(
@@ -282,9 +293,9 @@ impl FileSystem for SharedDirectory {
         handle: Option<u64>,
         valid: SetattrValid,
     ) -> io::Result<(stat64, Duration)> {
-        let (mut attributes, timeout) = self.inner.setattr(ctx, inode, attr, handle, valid)?;
+        let (mut attributes, _) = self.inner.setattr(ctx, inode, attr, handle, valid)?;
         attributes.st_ino = inode;
-        Ok((attributes, timeout))
+        Ok((attributes, attr_timeout(self.lookups().get(&inode))))
     }
 
     fn readlink(&self, ctx: &Context, inode: u64) -> io::Result<Vec<u8>> {
@@ -344,6 +355,9 @@ impl FileSystem for SharedDirectory {
         let (handle, mut options, passthrough) = self.inner.open(ctx, inode, flags, fuse_flags)?;
         self.opened(handle);
         options.set(OpenOptions::KEEP_CACHE, self.keeps_pages(ctx, inode));
+        if flags & libc::O_ACCMODE.cast_unsigned() == libc::O_RDONLY.cast_unsigned() {
+            options |= NO_FLUSH;
+        }
         Ok((handle, options, passthrough))
     }
 

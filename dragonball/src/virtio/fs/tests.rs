@@ -152,13 +152,18 @@ impl Client {
         Ok(OpenOut::from_slice(&answer).unwrap().fh)
     }
 
-    /// Opens and closes a file; answers whether the guest's kernel may keep its pages (FOPEN_KEEP_CACHE).
-    fn keeps_pages(&mut self, node: u64, flags: i32) -> bool {
+    /// Opens and closes a file; answers what the guest's kernel shall know of it (FOPEN_…).
+    fn open_flags(&mut self, node: u64, flags: i32) -> u32 {
         let body = OpenIn { flags: flags.cast_unsigned(), fuse_flags: 0 };
         let answer = self.call(Opcode::Open, node, body.as_slice()).unwrap();
         let opened = *OpenOut::from_slice(&answer).unwrap();
         self.release(node, opened.fh);
-        opened.open_flags & 2 != 0
+        opened.open_flags
+    }
+
+    /// Whether the guest's kernel may keep the pages of a file that it opens (FOPEN_KEEP_CACHE).
+    fn keeps_pages(&mut self, node: u64, flags: i32) -> bool {
+        self.open_flags(node, flags) & 2 != 0
     }
 
     /// The same, once the file has been opened before and is as old as the host's clock can tell.

@@ -194,21 +194,27 @@ fn names_are_kept_where_the_guest_alone_changes_them() {
     for (path, kept) in [
         ("rootfs", 0),
         ("one", 0),
-        ("one/rootfs", 1),
-        ("one/rootfs/rootfs", 1),
+        ("one/rootfs", 60),
+        ("one/rootfs/rootfs", 60),
         ("one/mounts", 0),
         ("one/mounts/rootfs", 0),
     ] {
         let (parent, name) = path.rsplit_once('/').unwrap_or(("", path));
         let parent = if parent.is_empty() { ROOT_ID } else { client.walk(parent) };
-        assert_eq!(client.lookup(parent, name).unwrap().entry_valid, kept, "{path}");
+        let entry = client.lookup(parent, name).unwrap();
+        assert_eq!((entry.entry_valid, entry.attr_valid), (kept, kept.max(1)), "{path}");
     }
     // A file that is in both is everyone's.
     fs::write(client.host("one/rootfs/file"), "").unwrap();
     fs::hard_link(client.host("one/rootfs/file"), client.host("one/mounts/file")).unwrap();
     let (rootfs, mounts) = (client.walk("one/rootfs"), client.walk("one/mounts"));
-    assert_eq!(client.lookup(rootfs, "file").unwrap().entry_valid, 1);
-    assert_eq!(client.lookup(mounts, "file").unwrap().entry_valid, 0);
+    let kept = |client: &mut Client, parent| {
+        let entry = client.lookup(parent, "file").unwrap();
+        (entry.entry_valid, entry.attr_valid)
+    };
+    assert_eq!(kept(&mut client, rootfs), (60, 60));
+    assert_eq!(kept(&mut client, mounts), (0, 1));
+    assert_eq!(kept(&mut client, rootfs), (60, 1));
 }
 
 #[test]
@@ -235,6 +241,17 @@ fn the_content_of_a_file_is_kept_where_the_guest_alone_changes_it_until_it_chang
     client.write(own, handle, 0, b"third").unwrap();
     client.release(own, handle);
     assert!(!client.keeps_pages(own, libc::O_RDONLY));
+}
+
+#[test]
+fn what_was_opened_to_be_read_is_closed_without_a_request() {
+    let mut client = Client::new();
+    fs::write(client.host("file"), "content").unwrap();
+    let file = client.walk("file");
+    // FOPEN_NOFLUSH
+    let closes_alone = |client: &mut Client, flags| client.open_flags(file, flags) & 32 != 0;
+    assert!(closes_alone(&mut client, libc::O_RDONLY) && closes_alone(&mut client, libc::O_RDONLY | libc::O_NOFOLLOW));
+    assert!(!closes_alone(&mut client, libc::O_WRONLY) && !closes_alone(&mut client, libc::O_RDWR));
 }
 
 #[test]
