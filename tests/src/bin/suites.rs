@@ -129,9 +129,11 @@ fn run(arguments: &Arguments, work: &Path) -> Result<ExitCode> {
     let purpose = if arguments.pods { Purpose::Pods } else { Purpose::Containers };
     let stack = Stack::new(&arguments.stack, purpose, &arguments.runtime, &namespace, work)?;
     let mut context = context(arguments, work, stack)?;
-    prepare(&context, cases::all().iter().any(|case| case.services && arguments.will_run(case)))?;
+    let cases = cases::all();
+    let services = || cases.iter().filter(|case| case.services && arguments.will_run(case));
+    prepare(&context, services().any(|case| !case.pods))?;
     if arguments.pods {
-        prepare_pods(&context)?;
+        prepare_pods(&context, services().any(|case| case.pods))?;
     }
     if let Some(programs) = &arguments.docker {
         context.docker = Some(prepare_docker(&context, programs, &work.join("docker"))?);
@@ -140,7 +142,7 @@ fn run(arguments: &Arguments, work: &Path) -> Result<ExitCode> {
     let namespaces = [context.stack.ctr.clone(), context.other_namespace()];
     let before = Snapshot::take(&scope)?;
     let context = Arc::new(Mutex::new(context));
-    let trials = cases::all().into_iter().map(|case| trial(case, &context)).collect();
+    let trials = cases.into_iter().map(|case| trial(case, &context)).collect();
     let conclusion = libtest_mimic::run(&arguments.harness(), trials);
     for again in context.lock().unwrap_or_else(PoisonError::into_inner).second_chances.taken() {
         eprintln!("It had a second chance on emulated processors: {again}");
@@ -198,15 +200,18 @@ fn prepare(context: &Context, services: bool) -> Result<()> {
 
 /// Imports the images for pods and runs one. containerd's CRI knows them for certain when it has started again: it learns
 /// of others' images a while after they came.
-fn prepare_pods(context: &Context) -> Result<()> {
-    let ctr = context.of_pods();
-    for archive in [&context.images.pause, &context.images.busybox] {
-        ctr.import(archive)?;
+fn prepare_pods(context: &Context, services: bool) -> Result<()> {
+    let Images { pause, busybox, debian } = &context.images;
+    let mut wanted = vec![(PAUSE, pause), (BUSYBOX, busybox)];
+    if services {
+        wanted.push((DEBIAN, debian));
     }
+    let ctr = context.of_pods();
+    wanted.iter().try_for_each(|(_, archive)| ctr.import(archive))?;
     context.restart_containerd(Signal::SIGTERM, || Ok(()))?;
     context.cri.expect_ready()?;
     let images = context.cri.images()?;
-    ensure!([PAUSE, BUSYBOX].iter().all(|image| images.iter().any(|known| known == image)), "{images:?}");
+    ensure!(wanted.iter().all(|(image, _)| images.iter().any(|known| known == image)), "{images:?}");
     // What the first pod makes for all is there then.
     let pod = context.cri.run_pod(PodSpec::new("warm-up", &context.work))?;
     pod.run(ContainerSpec::new("warm-up", BUSYBOX, &["true"]))?.ended()?;

@@ -50,6 +50,7 @@ pub fn all() -> Vec<Case> {
         storage::CASES,
         disks::CASES,
         cri::security::CASES,
+        cri::services::CASES,
         cri::volumes::CASES,
         leftover::CASES,
         guest_console::CASES,

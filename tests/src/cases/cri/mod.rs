@@ -6,6 +6,7 @@ pub(super) mod ports;
 pub(super) mod restart;
 pub(super) mod sandboxer;
 pub(super) mod security;
+pub(super) mod services;
 pub(super) mod streams;
 pub(super) mod volumes;
 
