@@ -16,7 +16,11 @@ pub(super) const CASES: &[Case] = &[
     Case::kata("guest console: a pod that was started without it refuses with what to do", refused),
 ];
 
-const ENABLED: (&str, &str) = ("agent.kata.debug_console_enabled", "true");
+/// A container whose guest executes commands.
+fn opened(context: &Context) -> Result<Container<'_>> {
+    let _changed = context.config().with(&[("agent.kata.debug_console_enabled", "true")])?;
+    context.ctr.detach(&[], BUSYBOX, &context.id("console"), &["sleep", "1000"])
+}
 
 fn kata_ctl(context: &Context, arguments: &[&str]) -> Command {
     let mut command = Command::new(context.shim.with_file_name("kata-ctl"));
@@ -30,9 +34,7 @@ fn execute(context: &Context, container: &Container<'_>, words: &[&str], input: 
 }
 
 fn commands(context: &Context) -> Result<()> {
-    let changed = context.config().with(&[ENABLED])?;
-    let container = context.ctr.detach(&[], BUSYBOX, &context.id("console"), &["sleep", "1000"])?;
-    drop(changed);
+    let container = opened(context)?;
     let seen = execute(context, &container, &["ps", "-o", "pid,args"], b"")?.expect_code(0)?.text();
     let is_init = |line: &str| line.trim().starts_with("1 ") && line.contains("kata-agent");
     ensure!(seen.lines().any(is_init) && seen.contains("sleep 1000"), "The guest's processes are {seen:?}");
@@ -48,9 +50,7 @@ fn commands(context: &Context) -> Result<()> {
 }
 
 fn shell(context: &Context) -> Result<()> {
-    let changed = context.config().with(&[ENABLED])?;
-    let container = context.ctr.detach(&[], BUSYBOX, &context.id("console"), &["sleep", "1000"])?;
-    drop(changed);
+    let container = opened(context)?;
     let deadline = context.ctr.deadline();
     let mut terminal = OnTerminal::start(&mut kata_ctl(context, &["exec", &container.id]), 90, 30)?;
     terminal.expect("# ", deadline)?;

@@ -202,10 +202,10 @@ impl SharedDirectory {
     /// Whether the guest's kernel may keep the pages that it has of a file which is being opened. Only where nobody else
     /// changes it: what others have mapped, they change unseen.
     fn keeps_pages(&self, ctx: &Context, inode: u64) -> bool {
-        let Ok((attributes, _)) = self.inner.getattr(ctx, inode, None) else { return false };
-        let version = Version::of(&attributes);
         let mut lookups = self.lookups();
         let Some(known) = lookups.get_mut(&inode).filter(|known| known.place == Place::GuestOnly) else { return false };
+        let Ok((attributes, _)) = self.inner.getattr(ctx, inode, None) else { return false };
+        let version = Version::of(&attributes);
         let settled = version.is_settled(SystemTime::now()).then_some(version);
         let before = std::mem::replace(&mut known.opened, settled);
         settled.is_some() && before == settled

@@ -5,7 +5,7 @@ use std::net::TcpStream;
 
 use anyhow::{Result, ensure};
 
-use super::run_pod;
+use super::{FOREVER, run_pod};
 use crate::context::{Context, DEBIAN};
 use crate::cri::{Container, ContainerSpec, Pod};
 use crate::harness::Case;
@@ -20,15 +20,10 @@ pub(in crate::cases) const CASES: &[Case] = &[
         .with_services(),
 ];
 
-/// A container that waits for commands.
-fn client() -> ContainerSpec {
-    ContainerSpec::new("client", DEBIAN, &["sh", "-c", "trap 'exit 0' TERM; while :; do sleep 1000 & wait $!; done"])
-}
-
 /// Two pods, of which one is to serve: both, the address of that one, and the other's only container.
 fn pair(context: &Context, run: impl FnOnce(&Pod<'_>, &str, &Container<'_>) -> Result<()>) -> Result<()> {
     let (serving, other) = (run_pod(context, "service")?, run_pod(context, "client")?);
-    let client = other.run(client())?;
+    let client = other.run(ContainerSpec::new("client", DEBIAN, FOREVER))?;
     run(&serving, &serving.address()?, &client)?;
     other.remove()?;
     serving.remove()
